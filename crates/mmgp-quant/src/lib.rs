@@ -1,1 +1,36 @@
-//! placeholder
+//! Number formats and the one [`Linear`] layer.
+//!
+//! Three nouns carry the crate. A [`Format`] recognises how a weight is stored and opens it; a
+//! [`QuantTensor`] is such a weight, which knows how to multiply; a [`Linear`] holds one of them, a
+//! bias and a side slot for adapters. Models ask a [`Weights`] for their layers by name and never
+//! learn which format answered: a weight stays on the device in the form it travels in.
+//!
+//! ```
+//! use candle_core::{Device, Tensor};
+//! use mmgp_quant::{Bias, MemorySource, Weights};
+//!
+//! # fn main() -> mmgp_quant::Result<()> {
+//! let dev = Device::Cpu;
+//! let source = MemorySource::new(&dev)
+//!     .with("proj.weight", Tensor::new(&[[1f32, 2.], [3., 4.], [5., 6.]], &dev)?)
+//!     .with("proj.bias", Tensor::new(&[0f32, 0., 10.], &dev)?);
+//! let layer = Weights::new(source).pp("proj").linear(2, 3, Bias::Yes)?;
+//! let y = layer.forward(&Tensor::new(&[[1f32, 1.]], &dev)?)?;
+//! assert_eq!(y.to_vec2::<f32>()?, [[3., 7., 21.]]);
+//! # Ok(())
+//! # }
+//! ```
+
+mod error;
+mod format;
+mod formats;
+mod kernels;
+mod linear;
+mod side;
+mod weights;
+
+pub use error::{Error, Result};
+pub use format::{Format, QuantTensor, formats};
+pub use linear::{Bias, Linear};
+pub use side::{Side, SideSlot};
+pub use weights::{Form, MemorySource, Part, Source, Stored, Weights, join_parts};

@@ -1,0 +1,136 @@
+//! Dense weights: bf16, f16 or f32 as they lie in the file.
+//!
+//! On the CPU the product widens the weight tile by tile, straight from the bytes that travelled; on
+//! other devices the weight has the compute dtype already and the library's product is used.
+
+use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Shape, Tensor, WithDType};
+use half::{bf16, f16};
+use mmgp_io::Dtype;
+
+use crate::{
+    Error, Form, Format, Part, QuantTensor, Result, Weights,
+    kernels::cpu::{Rows, product_nt},
+};
+
+/// The format of plain floating-point weights.
+pub(crate) struct Dense;
+
+impl Format for Dense {
+    fn name(&self) -> &'static str {
+        "dense"
+    }
+
+    fn recognises(&self, _weights: &Weights, _parts: &[Part]) -> bool {
+        true // the last to be asked: what is missing or odd gets its error from `open`
+    }
+
+    fn open(&self, weights: &Weights, parts: &[Part]) -> Result<Box<dyn QuantTensor>> {
+        for part in parts {
+            if let Some(stored) = weights.source().stored(&part.name)
+                && !matches!(stored.dtype, Dtype::BF16 | Dtype::F16 | Dtype::F32)
+            {
+                return Err(Error::Format {
+                    origin: stored.origin,
+                    name: part.name.clone(),
+                    found: stored.dtype,
+                    expected: "BF16, F16 or F32",
+                });
+            }
+        }
+        let form = if weights.device().is_cpu() { Form::AsStored } else { Form::Compute };
+        Ok(Box::new(DenseWeight(weights.source().tensor(parts, form)?)))
+    }
+}
+
+struct DenseWeight(Tensor);
+
+impl QuantTensor for DenseWeight {
+    fn format(&self) -> &'static str {
+        Dense.name()
+    }
+
+    fn product(&self, x: &Tensor, bias: Option<&Tensor>) -> candle_core::Result<Tensor> {
+        match (x.device().is_cpu(), bias) {
+            (true, Some(bias)) => x.apply_op3_no_bwd(&self.0, bias, &Product),
+            (true, None) => x.apply_op2_no_bwd(&self.0, &Product),
+            (false, Some(bias)) => x.matmul(&self.0.t()?)?.broadcast_add(bias),
+            (false, None) => x.matmul(&self.0.t()?),
+        }
+    }
+}
+
+/// `x · Wᵀ (+ bias)` on the CPU, as a custom operation because only those see storages.
+struct Product;
+
+impl Product {
+    fn run(
+        x: (&CpuStorage, &Layout),
+        w: (&CpuStorage, &Layout),
+        bias: Option<(&CpuStorage, &Layout)>,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        let (m, k) = x.1.shape().dims2()?;
+        let (n, wk) = w.1.shape().dims2()?;
+        if k != wk {
+            candle_core::bail!("linear: input of width {k}, weight [{n}, {wk}]");
+        }
+        let input = slice::<f32>(x.0, x.1)?;
+        let rows = match w.0 {
+            CpuStorage::BF16(_) => Rows::Bf16(slice::<bf16>(w.0, w.1)?),
+            CpuStorage::F16(_) => Rows::F16(slice::<f16>(w.0, w.1)?),
+            CpuStorage::F32(_) => Rows::F32(slice::<f32>(w.0, w.1)?),
+            _ => candle_core::bail!("linear: the weight is not leased, or no dense weight"),
+        };
+        let bias = bias.map(|(s, l)| slice::<f32>(s, l)).transpose()?;
+        if let Some(bias) = bias
+            && bias.len() != n
+        {
+            candle_core::bail!("linear: {} biases for {n} outputs", bias.len());
+        }
+        let out = product_nt(input, rows, bias, m, n, k);
+        Ok((CpuStorage::F32(out), Shape::from((m, n))))
+    }
+}
+
+fn slice<'a, T: WithDType>(
+    storage: &'a CpuStorage,
+    layout: &Layout,
+) -> candle_core::Result<&'a [T]> {
+    let all = storage.as_slice::<T>()?;
+    layout.contiguous_offsets().and_then(|(from, to)| all.get(from..to)).ok_or_else(|| {
+        candle_core::Error::msg("linear: an operand is not contiguous or not bound").bt()
+    })
+}
+
+impl CustomOp2 for Product {
+    fn name(&self) -> &'static str {
+        "linear"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        lx: &Layout,
+        w: &CpuStorage,
+        lw: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        Self::run((x, lx), (w, lw), None)
+    }
+}
+
+impl CustomOp3 for Product {
+    fn name(&self) -> &'static str {
+        "linear with bias"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        lx: &Layout,
+        w: &CpuStorage,
+        lw: &Layout,
+        b: &CpuStorage,
+        lb: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        Self::run((x, lx), (w, lw), Some((b, lb)))
+    }
+}

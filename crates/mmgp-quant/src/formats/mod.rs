@@ -1,0 +1,3 @@
+//! One file a number format.
+
+pub(crate) mod dense;

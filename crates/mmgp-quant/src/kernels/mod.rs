@@ -1,0 +1,3 @@
+//! Kernels, by device. `unsafe` of this crate lives below this module only.
+
+pub(crate) mod cpu;
