@@ -1,0 +1,329 @@
+//! Building a paged model: a module's constructor asks for tensors and gets placeholders, while the
+//! builder notes where the bytes of each will come from.
+//!
+//! Our own models ask through [`Weights`], the stem and each block through a path of its own.
+//! Unmodified candle modules ask through a `VarBuilder` and become all stem.
+
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+};
+
+use candle_core::{DType, Device as Candle, Shape, Tensor};
+use candle_nn::{Init, VarBuilder, var_builder::SimpleBackend};
+use mmgp_io::{Checkpoint, Dtype};
+use mmgp_quant::{Form, Part, Source, Stored, Weights, join_parts};
+use parking_lot::Mutex;
+
+use crate::{
+    BlockImage, Error, ImageTensor, Paged, Pager, Result, Segment,
+    pager::NewBlock,
+    placeholder::placeholder,
+};
+
+/// Collects what a module's constructor asks for, then hands the model to the pager.
+pub struct ModelBuilder {
+    pager: Pager,
+    shared: Arc<Shared>,
+    ignored: Vec<String>,
+}
+
+impl ModelBuilder {
+    /// Starts a model called `name` (`transformer`, `text_encoder`, …) over the weights of
+    /// `checkpoint`. Nothing is read.
+    pub fn new(pager: &Pager, name: &str, checkpoint: Arc<Checkpoint>) -> Self {
+        let device = pager.device();
+        let shared = Shared {
+            model: name.to_string(),
+            checkpoint,
+            device: device.candle().clone(),
+            compute: device.compute_dtype(),
+            pager: pager.clone(),
+            drafts: Mutex::new(Drafts {
+                blocks: vec![Draft::new("stem")],
+                known: HashMap::new(),
+                asked: HashSet::new(),
+                last: None,
+            }),
+        };
+        Self { pager: pager.clone(), shared: Arc::new(shared), ignored: Vec::new() }
+    }
+
+    /// The model's name.
+    pub fn name(&self) -> &str {
+        &self.shared.model
+    }
+
+    /// The root path; tensors asked for through it belong to the stem.
+    pub fn stem(&self) -> Weights {
+        self.weights(0)
+    }
+
+    /// Opens a block called `path`, such as `transformer_blocks.3`; tensors asked for through the
+    /// returned path belong to it. Blocks run in the order of these calls.
+    pub fn block(&self, path: &str) -> Weights {
+        let mut drafts = self.shared.drafts.lock();
+        drafts.blocks.push(Draft::new(path));
+        let block = drafts.blocks.len() - 1;
+        drop(drafts);
+        self.weights(block).pp(path)
+    }
+
+    /// A `VarBuilder` for an unmodified candle module; what it asks for belongs to the stem and
+    /// gets `dtype`, converted while it is read.
+    pub fn var_builder(&self, dtype: DType) -> VarBuilder<'static> {
+        let backend = BlockSource { shared: self.shared.clone(), block: 0 };
+        VarBuilder::from_backend(Box::new(backend), dtype, self.shared.device.clone())
+    }
+
+    /// Stored tensors whose names start with `prefix` are known not to be needed: they are not
+    /// reported by [`Paged::unused`].
+    pub fn ignore(&mut self, prefix: &str) {
+        self.ignored.push(prefix.to_string());
+    }
+
+    /// Hands the model to the pager: `blocks` holds one module for each call of
+    /// [`block`](Self::block), in the same order.
+    ///
+    /// # Errors
+    /// Another number of modules than of opened blocks.
+    pub fn finish<S, B>(self, stem: S, blocks: Vec<B>) -> Result<Paged<S, B>> {
+        let drafts = std::mem::take(&mut *self.shared.drafts.lock());
+        if drafts.blocks.len() != blocks.len() + 1 {
+            return Err(Error::NotPageable {
+                model: self.shared.model.clone(),
+                reason: format!(
+                    "{} blocks were opened, {} modules were handed over",
+                    drafts.blocks.len() - 1,
+                    blocks.len()
+                ),
+            });
+        }
+        let unused = self
+            .shared
+            .checkpoint
+            .iter()
+            .map(|view| view.name())
+            .filter(|name| !drafts.asked.contains(*name))
+            .filter(|name| !self.ignored.iter().any(|prefix| name.starts_with(prefix)))
+            .map(String::from)
+            .collect();
+        let paged = drafts
+            .blocks
+            .into_iter()
+            .map(|draft| NewBlock {
+                image: Arc::new(BlockImage::new(draft.name, draft.tensors)),
+                tensors: draft.placeholders,
+            })
+            .collect();
+        let id = self.pager.add(self.shared.model.clone(), self.shared.checkpoint.bytes(), paged);
+        Ok(Paged::new(self.pager, id, stem, blocks, unused))
+    }
+
+    fn weights(&self, block: usize) -> Weights {
+        Weights::new(BlockSource { shared: self.shared.clone(), block })
+    }
+}
+
+/// Whether the module that `build` constructs can be paged: it must not compute on its weights while
+/// it is built. On failure the error names the tensor that was asked for last.
+///
+/// # Errors
+/// The constructor's error, with that name.
+pub fn check_pageable<M>(
+    pager: &Pager,
+    name: &str,
+    checkpoint: Arc<Checkpoint>,
+    dtype: DType,
+    build: impl FnOnce(VarBuilder<'_>) -> candle_core::Result<M>,
+) -> Result<()> {
+    let builder = ModelBuilder::new(pager, name, checkpoint);
+    build(builder.var_builder(dtype)).map(drop).map_err(|error| Error::NotPageable {
+        model: name.into(),
+        reason: match builder.shared.drafts.lock().last.take() {
+            Some(tensor) => format!(
+                "its constructor failed after it asked for `{tensor}`; a constructor that computes \
+                 on weights cannot be paged ({error})"
+            ),
+            None => error.to_string(),
+        },
+    })
+}
+
+struct Shared {
+    model: String,
+    checkpoint: Arc<Checkpoint>,
+    device: Candle,
+    compute: DType,
+    pager: Pager,
+    drafts: Mutex<Drafts>,
+}
+
+#[derive(Default)]
+struct Drafts {
+    blocks: Vec<Draft>,
+    /// What was handed out, so that a tensor asked for twice is one tensor.
+    known: HashMap<(Vec<String>, DType), (usize, Tensor)>,
+    asked: HashSet<String>,
+    last: Option<String>,
+}
+
+struct Draft {
+    name: String,
+    tensors: Vec<ImageTensor>,
+    placeholders: Vec<Tensor>,
+}
+
+impl Draft {
+    fn new(name: &str) -> Self {
+        Self { name: name.into(), tensors: Vec::new(), placeholders: Vec::new() }
+    }
+}
+
+/// The source that one block's constructor sees.
+struct BlockSource {
+    shared: Arc<Shared>,
+    block: usize,
+}
+
+impl BlockSource {
+    /// The dtype that `parts` have in the slot: their own if they agree, else the compute dtype.
+    fn slot_dtype(&self, parts: &[Part], form: Form) -> mmgp_quant::Result<DType> {
+        let mut dtypes = Vec::with_capacity(parts.len());
+        for part in parts {
+            let stored = self.expect(part)?;
+            let travels = self.shared.pager.device().travels_as(stored);
+            let converts = matches!(stored, Dtype::BF16 | Dtype::F16 | Dtype::F32 | Dtype::F64);
+            match (form, travels) {
+                (Form::AsStored, Some(dtype)) => dtypes.push(dtype),
+                _ if converts => dtypes.push(self.shared.compute),
+                _ => {
+                    return Err(mmgp_quant::Error::Format {
+                        origin: self.file_of(&part.name),
+                        name: part.name.clone(),
+                        found: stored,
+                        expected: "BF16, F16, F32 or F64",
+                    });
+                }
+            }
+        }
+        let first = dtypes.first().copied().unwrap_or(self.shared.compute);
+        Ok(if dtypes.iter().all(|d| *d == first) { first } else { self.shared.compute })
+    }
+
+    /// The stored dtype of a part whose shape is right.
+    fn expect(&self, part: &Part) -> mmgp_quant::Result<Dtype> {
+        let view = match self.shared.checkpoint.tensor(&part.name) {
+            Ok(view) => view,
+            Err(error) => return Err(mmgp_quant::Error::Invalid(error.to_string())),
+        };
+        if view.shape() != part.shape {
+            return Err(mmgp_quant::Error::Shape {
+                origin: self.file_of(&part.name),
+                name: part.name.clone(),
+                expected: part.shape.clone(),
+                found: view.shape().to_vec(),
+            });
+        }
+        Ok(view.dtype())
+    }
+
+    fn file_of(&self, name: &str) -> String {
+        let path = self.shared.checkpoint.get(name).map(|view| view.file().path().to_path_buf());
+        path.unwrap_or_else(|| self.shared.checkpoint.path().to_path_buf()).display().to_string()
+    }
+
+    fn request(&self, parts: &[Part], dtype: DType) -> mmgp_quant::Result<Tensor> {
+        let shape = join_parts(parts)?;
+        let mut drafts = self.shared.drafts.lock();
+        let key = (parts.iter().map(|p| p.name.clone()).collect::<Vec<_>>(), dtype);
+        drafts.last = key.0.last().cloned();
+        if let Some((owner, tensor)) = drafts.known.get(&key) {
+            // The stem is leased throughout a pass, so blocks may share what belongs to it.
+            if (*owner != self.block && *owner != 0) || tensor.dims() != shape {
+                return Err(mmgp_quant::Error::Invalid(format!(
+                    "model `{}`: tensor `{}` was asked for by two blocks or in two shapes; ask for \
+                     shared tensors in the stem first",
+                    self.shared.model, key.0[0]
+                )));
+            }
+            return Ok(tensor.clone());
+        }
+        let mut element = 0;
+        let mut segments = Vec::with_capacity(parts.len());
+        for part in parts {
+            self.expect(part)?;
+            if let Some(view) = self.shared.checkpoint.get(&part.name) {
+                segments.push(Segment { source: view.clone(), element });
+                element += view.elements() as usize;
+            }
+        }
+        let tensor = placeholder(&shape, dtype, &self.shared.device)?;
+        drafts.asked.extend(key.0.iter().cloned());
+        let name = key.0[0].clone();
+        drafts.known.insert(key, (self.block, tensor.clone()));
+        let draft = &mut drafts.blocks[self.block];
+        draft.placeholders.push(tensor.clone());
+        draft.tensors.push(ImageTensor { name, dtype, shape, offset: 0, segments });
+        Ok(tensor)
+    }
+}
+
+impl Source for BlockSource {
+    fn stored(&self, name: &str) -> Option<Stored> {
+        let view = self.shared.checkpoint.get(name)?;
+        Some(Stored {
+            dtype: view.dtype(),
+            shape: view.shape().to_vec(),
+            origin: view.file().path().display().to_string(),
+        })
+    }
+
+    fn tensor(&self, parts: &[Part], form: Form) -> mmgp_quant::Result<Tensor> {
+        join_parts(parts)?;
+        let dtype = match form {
+            Form::Compute => {
+                self.slot_dtype(parts, form)?;
+                self.shared.compute
+            }
+            Form::AsStored => self.slot_dtype(parts, form)?,
+        };
+        self.request(parts, dtype)
+    }
+
+    fn device(&self) -> &Candle {
+        &self.shared.device
+    }
+
+    fn compute_dtype(&self) -> DType {
+        self.shared.compute
+    }
+
+    fn origin(&self) -> String {
+        self.shared.checkpoint.path().display().to_string()
+    }
+}
+
+impl SimpleBackend for BlockSource {
+    fn get(
+        &self,
+        shape: Shape,
+        name: &str,
+        _: Init,
+        dtype: DType,
+        _: &Candle,
+    ) -> candle_core::Result<Tensor> {
+        let part = Part { name: name.to_string(), shape: shape.dims().to_vec() };
+        self.request(&[part], dtype).map_err(candle_core::Error::wrap)
+    }
+
+    fn get_unchecked(&self, name: &str, dtype: DType, _: &Candle) -> candle_core::Result<Tensor> {
+        let view = self.shared.checkpoint.tensor(name).map_err(candle_core::Error::wrap)?;
+        let part = Part { name: name.to_string(), shape: view.shape().to_vec() };
+        self.request(&[part], dtype).map_err(candle_core::Error::wrap)
+    }
+
+    fn contains_tensor(&self, name: &str) -> bool {
+        self.shared.checkpoint.contains(name)
+    }
+}

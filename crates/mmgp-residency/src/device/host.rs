@@ -1,0 +1,210 @@
+//! The host device: models larger than RAM, on the CPU, out of files.
+//!
+//! A slot is one recycled `Vec` per tensor, in the form that travels (bf16 stays bf16: `Linear`
+//! widens it while multiplying), or f32 where candle's own operations compute on it. Bytes come by
+//! positioned reads: unlike a mapping they fail with an error when the file shrinks under them, and
+//! cold files read faster. Small threads of its own read, so that they never wait for compute.
+
+use std::{collections::HashMap, sync::Arc};
+
+use candle_core::{CpuStorage, DType, Device as Candle, Tensor};
+use half::{bf16, f16, slice::HalfFloatSliceExt};
+use mmgp_io::{Dtype, TensorView};
+use rayon::prelude::*;
+
+use super::{Device, Slot};
+use crate::{
+    BlockImage, Bytes, Error, ImageTensor, Result,
+    placeholder::{empty, exchange, poison},
+};
+
+/// Bytes that one reading task handles, and the size of its buffer where it converts.
+const PIECE: usize = 4 << 20;
+
+/// The CPU and its RAM.
+pub struct Host {
+    readers: Arc<rayon::ThreadPool>,
+}
+
+impl Host {
+    /// A host device with reading threads of its own: half as many as cores, at most four.
+    ///
+    /// # Errors
+    /// No threads to be had.
+    pub fn new() -> Result<Self> {
+        let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+        let readers = rayon::ThreadPoolBuilder::new()
+            .num_threads((cores / 2).clamp(1, 4))
+            .thread_name(|i| format!("mmgp-read-{i}"))
+            .build()
+            .map_err(|e| Error::NotPageable {
+                model: "host device".into(),
+                reason: format!("no reading threads: {e}"),
+            })?;
+        Ok(Self { readers: Arc::new(readers) })
+    }
+}
+
+impl Device for Host {
+    fn candle(&self) -> &Candle {
+        &Candle::Cpu
+    }
+
+    fn compute_dtype(&self) -> DType {
+        DType::F32
+    }
+
+    fn travels_as(&self, stored: Dtype) -> Option<DType> {
+        Some(match stored {
+            Dtype::BF16 => DType::BF16,
+            Dtype::F16 => DType::F16,
+            Dtype::F32 => DType::F32,
+            Dtype::U8 => DType::U8,
+            _ => return None,
+        })
+    }
+
+    /// `MemAvailable`, or what the process' control group leaves if that is less.
+    fn available(&self) -> Result<Bytes> {
+        let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
+        let number = |path: &str| read(path).trim().parse::<u64>().ok();
+        let machine = read("/proc/meminfo")
+            .lines()
+            .find_map(|line| line.strip_prefix("MemAvailable:")?.split_whitespace().next()?.parse().ok())
+            .map_or(u64::MAX, |kib: u64| kib * 1024);
+        let group = |limit: &str, used: &str| Some(number(limit)?.saturating_sub(number(used)?));
+        let v2 = group("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current");
+        let v1 = group(
+            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+            "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        );
+        Ok(Bytes(machine.min(v2.or(v1).unwrap_or(u64::MAX))))
+    }
+
+    fn slot(&self, _capacity: Bytes) -> Result<Box<dyn Slot>> {
+        Ok(Box::new(HostSlot { readers: self.readers.clone(), held: Vec::new() }))
+    }
+}
+
+/// One `Vec` per tensor of the block that the slot was last filled with.
+struct HostSlot {
+    readers: Arc<rayon::ThreadPool>,
+    held: Vec<CpuStorage>,
+}
+
+impl Slot for HostSlot {
+    fn fill(&mut self, image: &BlockImage) -> Result<()> {
+        let mut targets = recycle(std::mem::take(&mut self.held), &image.tensors)?;
+        self.readers.install(|| {
+            targets
+                .par_iter_mut()
+                .zip(&image.tensors)
+                .try_for_each(|(target, tensor)| read_tensor(tensor, target))
+        })?;
+        self.held = targets;
+        Ok(())
+    }
+
+    fn bind(&mut self, tensors: &[Tensor]) -> Result<()> {
+        let storages = std::mem::take(&mut self.held);
+        for (tensor, storage) in tensors.iter().zip(storages) {
+            exchange(tensor, storage)?;
+        }
+        Ok(())
+    }
+
+    fn unbind(&mut self, tensors: &[Tensor]) -> Result<()> {
+        self.held.clear();
+        for tensor in tensors {
+            self.held.push(exchange(tensor, poison())?);
+        }
+        Ok(())
+    }
+}
+
+/// Storages for `tensors`: those of `old` that fit, then new ones. What does not fit is given back
+/// before anything is taken, so that a slot never holds more than its larger block.
+fn recycle(old: Vec<CpuStorage>, tensors: &[ImageTensor]) -> Result<Vec<CpuStorage>> {
+    let mut spare: HashMap<(DType, usize), Vec<CpuStorage>> = HashMap::new();
+    for storage in old {
+        spare.entry(kind(&storage)).or_default().push(storage);
+    }
+    let reused: Vec<Option<CpuStorage>> = tensors
+        .iter()
+        .map(|t| spare.get_mut(&(t.dtype, t.elements())).and_then(Vec::pop))
+        .collect();
+    drop(spare);
+    reused
+        .into_iter()
+        .zip(tensors)
+        .map(|(storage, t)| match storage {
+            Some(storage) => Ok(storage),
+            None => Ok(empty(t.dtype, t.elements())?),
+        })
+        .collect()
+}
+
+fn kind(storage: &CpuStorage) -> (DType, usize) {
+    match storage {
+        CpuStorage::U8(v) => (DType::U8, v.len()),
+        CpuStorage::F16(v) => (DType::F16, v.len()),
+        CpuStorage::BF16(v) => (DType::BF16, v.len()),
+        CpuStorage::F32(v) => (DType::F32, v.len()),
+        _ => (DType::F64, 0),
+    }
+}
+
+fn read_tensor(tensor: &ImageTensor, target: &mut CpuStorage) -> Result<()> {
+    for segment in &tensor.segments {
+        let view = &segment.source;
+        let range = segment.element..segment.element + view.elements() as usize;
+        match (&mut *target, view.dtype()) {
+            (CpuStorage::U8(v), Dtype::U8) => read_as_is(view, &mut v[range])?,
+            (CpuStorage::BF16(v), Dtype::BF16) => read_as_is(view, &mut v[range])?,
+            (CpuStorage::F16(v), Dtype::F16) => read_as_is(view, &mut v[range])?,
+            (CpuStorage::F32(v), Dtype::F32) => read_as_is(view, &mut v[range])?,
+            (CpuStorage::F32(v), Dtype::BF16) => {
+                widen(view, &mut v[range], |to, from: &[bf16]| from.convert_to_f32_slice(to))?;
+            }
+            (CpuStorage::F32(v), Dtype::F16) => {
+                widen(view, &mut v[range], |to, from: &[f16]| from.convert_to_f32_slice(to))?;
+            }
+            (CpuStorage::F32(v), Dtype::F64) => widen(view, &mut v[range], |to, from: &[f64]| {
+                to.iter_mut().zip(from).for_each(|(to, from)| *to = *from as f32);
+            })?,
+            (_, stored) => {
+                return Err(Error::NotPageable {
+                    model: view.file().path().display().to_string(),
+                    reason: format!(
+                        "tensor `{}` is stored as {stored} and cannot become {:?}",
+                        view.name(),
+                        tensor.dtype
+                    ),
+                });
+            }
+        }
+    }
+    Ok(())
+}
+
+fn read_as_is<T: bytemuck::Pod + Send>(view: &TensorView, target: &mut [T]) -> Result<()> {
+    let bytes: &mut [u8] = bytemuck::cast_slice_mut(target);
+    bytes
+        .par_chunks_mut(PIECE)
+        .enumerate()
+        .try_for_each(|(i, piece)| Ok(view.read_into((i * PIECE) as u64, piece)?))
+}
+
+fn widen<T: bytemuck::Pod + Send>(
+    view: &TensorView,
+    target: &mut [f32],
+    convert: impl Fn(&mut [f32], &[T]) + Sync,
+) -> Result<()> {
+    let elements = PIECE / size_of::<T>();
+    target.par_chunks_mut(elements).enumerate().try_for_each(|(i, to)| {
+        let mut from = vec![T::zeroed(); to.len()];
+        view.read_into((i * PIECE) as u64, bytemuck::cast_slice_mut(&mut from))?;
+        convert(to, &from);
+        Ok(())
+    })
+}

@@ -1,0 +1,113 @@
+//! What can go wrong between a file and a forward pass.
+
+use crate::Bytes;
+
+/// A result of this crate.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Why weights could not be placed, read or used.
+#[derive(Clone, Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// No plan fits: raised before anything is loaded.
+    #[error(
+        "budget {budget} is too small: model `{model}` needs {needed} at once, its stem ({stem}) and \
+         its largest block `{block}` ({largest}); the smallest budget that works for all models is \
+         {minimum} (`--budget min`)"
+    )]
+    BudgetTooSmall {
+        /// What was asked for.
+        budget: Bytes,
+        /// The model that does not fit.
+        model: String,
+        /// What that model needs.
+        needed: Bytes,
+        /// Of it, the stem.
+        stem: Bytes,
+        /// The name of the largest block.
+        block: String,
+        /// Of it, the largest block.
+        largest: Bytes,
+        /// The smallest budget that every model runs in.
+        minimum: Bytes,
+    },
+    /// A budget that is no budget.
+    #[error("`{0}` is no budget: give bytes (`6MB`, `1.5GB`, `512MiB`), a share of the weights (`25%`), `min`, `unlimited` or `auto`")]
+    BudgetSyntax(String),
+    /// Weights of several models are in use at the same moment and do not fit together.
+    #[error(
+        "no room for {wanted} of `{block}` of model `{model}`: {held} of the budget of {budget} are \
+         in use at this moment by leases of other models; give leases back earlier or raise the budget"
+    )]
+    InUse {
+        /// The model that asked.
+        model: String,
+        /// The block that asked.
+        block: String,
+        /// Its slot's size.
+        wanted: Bytes,
+        /// What is held and cannot be given back now.
+        held: Bytes,
+        /// The budget.
+        budget: Bytes,
+    },
+    /// Two blocks that share a slot are leased at the same time.
+    #[error(
+        "model `{model}`: block `{block}` was asked for while `{holder}`, which shares its slot, is \
+         still leased; finish one visit before the next"
+    )]
+    StillLeased {
+        /// The model.
+        model: String,
+        /// The block that was asked for.
+        block: String,
+        /// The block that holds the slot.
+        holder: String,
+    },
+    /// A new plan was asked for while blocks are leased.
+    #[error("the plan cannot change while `{block}` of model `{model}` is leased")]
+    Busy {
+        /// The model.
+        model: String,
+        /// A block of it that is leased.
+        block: String,
+    },
+    /// The run was cancelled between two blocks.
+    #[error("cancelled")]
+    Cancelled,
+    /// A model that cannot be paged, or was built the wrong way.
+    #[error("model `{model}`: {reason}")]
+    NotPageable {
+        /// The model.
+        model: String,
+        /// Why not.
+        reason: String,
+    },
+    /// The file could not be read.
+    #[error(transparent)]
+    Io(std::sync::Arc<mmgp_io::Error>),
+    /// A module could not be built from its weights.
+    #[error(transparent)]
+    Quant(std::sync::Arc<mmgp_quant::Error>),
+    /// The tensor library refused.
+    #[error(transparent)]
+    Candle(std::sync::Arc<candle_core::Error>),
+}
+
+impl From<mmgp_io::Error> for Error {
+    fn from(e: mmgp_io::Error) -> Self {
+        Error::Io(e.into())
+    }
+}
+
+impl From<mmgp_quant::Error> for Error {
+    fn from(e: mmgp_quant::Error) -> Self {
+        Error::Quant(e.into())
+    }
+}
+
+impl From<candle_core::Error> for Error {
+    fn from(e: candle_core::Error) -> Self {
+        Error::Candle(e.into())
+    }
+}

@@ -1,0 +1,72 @@
+//! Block images: where a block's bytes come from, and where each lies in a slot.
+//!
+//! An image is a list of tensors, each a list of segments (a stored tensor and the offset at which
+//! its bytes start inside the slot's tensor). Nothing is read to make one.
+
+use candle_core::DType;
+use mmgp_io::TensorView;
+
+/// Every tensor in a slot starts at a multiple of this.
+pub const ALIGN: u64 = 256;
+
+/// One stored tensor and where its elements go.
+#[derive(Clone, Debug)]
+pub struct Segment {
+    /// What is read.
+    pub source: TensorView,
+    /// The first element of the slot's tensor that it fills.
+    pub element: usize,
+}
+
+/// One tensor of a block as it lies in a slot.
+#[derive(Clone, Debug)]
+pub struct ImageTensor {
+    /// The (first) stored name.
+    pub name: String,
+    /// The dtype in the slot.
+    pub dtype: DType,
+    /// The shape in the slot.
+    pub shape: Vec<usize>,
+    /// Bytes from the start of the slot, a multiple of [`ALIGN`].
+    pub offset: u64,
+    /// Read in this order; together they fill the tensor.
+    pub segments: Vec<Segment>,
+}
+
+impl ImageTensor {
+    /// The number of elements.
+    pub fn elements(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Its bytes in the slot.
+    pub fn bytes(&self) -> u64 {
+        (self.elements() * self.dtype.size_in_bytes()) as u64
+    }
+}
+
+/// Where a block's bytes come from.
+#[derive(Clone, Debug)]
+pub struct BlockImage {
+    /// The block's name, such as `transformer_blocks.3`.
+    pub name: String,
+    /// In slot order.
+    pub tensors: Vec<ImageTensor>,
+    /// Its size in a slot.
+    pub bytes: u64,
+    /// What is read from files to fill it.
+    pub stored: u64,
+}
+
+impl BlockImage {
+    /// Lays `tensors` out one behind another, in the order in which the module asked for them.
+    pub fn new(name: String, mut tensors: Vec<ImageTensor>) -> Self {
+        let mut bytes = 0;
+        for tensor in &mut tensors {
+            tensor.offset = bytes;
+            bytes += tensor.bytes().next_multiple_of(ALIGN);
+        }
+        let stored = tensors.iter().flat_map(|t| &t.segments).map(|s| s.source.len()).sum();
+        Self { name, tensors, bytes, stored }
+    }
+}
