@@ -8,7 +8,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::error::{Error, Fault, Result};
+use crate::error::{Error, Fault, Quoted, Result};
 use crate::header;
 use crate::index::Index;
 use crate::mapped::SourceFile;
@@ -193,7 +193,7 @@ impl Checkpoint {
             if !checkpoint.contains(tensor) {
                 return Err(Fault::new(
                     path,
-                    format!("this tensor in `{shard}`, as mapped"),
+                    format!("this tensor in `{}`, as mapped", Quoted(shard)),
                     "no such tensor there",
                     INDEX_REMEDY,
                 )
@@ -216,7 +216,8 @@ impl Checkpoint {
                 return Err(Fault::new(
                     path,
                     format!(
-                        "this tensor in `{elsewhere}` alone, as {} maps it",
+                        "this tensor in `{}` alone, as {} maps it",
+                        Quoted(elsewhere),
                         self.path.display()
                     ),
                     "the tensor here too",

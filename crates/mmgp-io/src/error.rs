@@ -43,7 +43,7 @@ pub enum Error {
     #[error(transparent)]
     Malformed(Box<Fault>),
     /// The checkpoint has no tensor of this name.
-    #[error("{}: no tensor `{name}`{}", path.display(), Near(near))]
+    #[error("{}: no tensor `{}`{}", path.display(), Quoted(name), Near(near))]
     MissingTensor {
         /// What was opened: a file, an index or a folder.
         path: PathBuf,
@@ -54,8 +54,10 @@ pub enum Error {
     },
     /// An index names a file that is not there.
     #[error(
-        "{}: shard `{shard}` (for tensor `{tensor}`) is missing from the same folder; download it, or point at a complete checkpoint",
-        index.display()
+        "{}: shard `{}` (for tensor `{}`) is missing from the same folder; download it, or point at a complete checkpoint",
+        index.display(),
+        Quoted(shard),
+        Quoted(tensor)
     )]
     MissingShard {
         /// The index.
@@ -67,7 +69,8 @@ pub enum Error {
     },
     /// A tensor's name occurs in two files of one checkpoint.
     #[error(
-        "tensor `{tensor}` is both in {} and in {}; which one is meant cannot be told: leave one of the files out",
+        "tensor `{}` is both in {} and in {}; which one is meant cannot be told: leave one of the files out",
+        Quoted(tensor),
         first.display(),
         second.display()
     )]
@@ -201,7 +204,7 @@ impl fmt::Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.path.display())?;
         if let Some(tensor) = &self.tensor {
-            write!(f, ": tensor `{tensor}`")?;
+            write!(f, ": tensor `{}`", Quoted(tensor))?;
         }
         if let Some(offset) = self.offset {
             write!(f, ": at byte {offset}")?;
@@ -214,6 +217,23 @@ impl fmt::Display for Fault {
     }
 }
 
+/// A string out of a file, fit for a terminal: control characters escaped, cut after 200.
+pub(crate) struct Quoted<'a>(pub(crate) &'a str);
+
+impl fmt::Display for Quoted<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0.char_indices().nth(200) {
+            Some((cut, _)) => write!(
+                f,
+                "{}… ({} bytes)",
+                self.0[..cut].escape_debug(),
+                self.0.len()
+            ),
+            None => write!(f, "{}", self.0.escape_debug()),
+        }
+    }
+}
+
 struct Near<'a>(&'a [String]);
 
 impl fmt::Display for Near<'_> {
@@ -221,7 +241,12 @@ impl fmt::Display for Near<'_> {
         if self.0.is_empty() {
             return f.write_str(", nor one with a name like it; is this the right file?");
         }
-        write!(f, "; the nearest names are `{}`", self.0.join("`, `"))
+        f.write_str("; the nearest names are ")?;
+        for (i, name) in self.0.iter().enumerate() {
+            let comma = if i == 0 { "" } else { ", " };
+            write!(f, "{comma}`{}`", Quoted(name))?;
+        }
+        Ok(())
     }
 }
 

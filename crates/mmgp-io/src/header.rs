@@ -17,7 +17,7 @@ use serde::de::{
 };
 
 use crate::dtype::{self, Dtype};
-use crate::error::{Fault, Result};
+use crate::error::{Fault, Quoted, Result};
 use crate::mapped::SourceFile;
 
 /// The longest header that is read, in bytes: the reference implementation's limit.
@@ -149,7 +149,7 @@ fn check_layout(path: &Path, entries: &[Entry], data_start: u64, file_len: u64) 
             let what = if start < end { "an overlap" } else { "a hole" };
             return Err(Fault::new(
                 path,
-                format!("its data at byte {end}, where `{before}` ends"),
+                format!("its data at byte {end}, where `{}` ends", Quoted(before)),
                 format!("{what}: it starts at byte {start}"),
                 DAMAGED,
             )
@@ -163,7 +163,10 @@ fn check_layout(path: &Path, entries: &[Entry], data_start: u64, file_len: u64) 
     if end != file_len {
         return Err(Fault::new(
             path,
-            format!("the end of the file at byte {end}, where `{before}` ends"),
+            format!(
+                "the end of the file at byte {end}, where `{}` ends",
+                Quoted(before)
+            ),
             format!("{} trailing bytes", file_len - end),
             DAMAGED,
         )
@@ -177,7 +180,7 @@ fn check_layout(path: &Path, entries: &[Entry], data_start: u64, file_len: u64) 
 fn what_it_is(prefix: [u8; 8]) -> Option<&'static str> {
     if prefix == *b"version " {
         Some("this is a Git LFS pointer, not the file: fetch the file itself (`git lfs pull`)")
-    } else if prefix.starts_with(b"PK\x03\x04") || prefix.starts_with(b"\x80\x02") {
+    } else if prefix.starts_with(b"PK\x03\x04") || prefix.starts_with(b"\x80\x02\x8a\x0a") {
         Some(
             "this is a PyTorch pickle, which can run code and is not read: convert it to safetensors",
         )
@@ -289,16 +292,16 @@ impl<'de> Visitor<'de> for MetadataSeed<'_> {
         let mut metadata = BTreeMap::new();
         while let Some(key) = map.next_key::<String>()? {
             if metadata.contains_key(&key) {
-                return Err(self
-                    .state
-                    .refuse("every metadata key once", format!("`{key}` again")));
-            }
-            let value = map.next_value::<String>().map_err(|error| {
-                self.state.fault = Some((
-                    format!("a string as value of the metadata key `{key}`"),
-                    error.to_string(),
+                return Err(self.state.refuse(
+                    "every metadata key once",
+                    format!("`{}` again", Quoted(&key)),
                 ));
-                error
+            }
+            let value = map.next_value::<String>().inspect_err(|error| {
+                self.state.fault = Some((
+                    format!("a string as value of the metadata key `{}`", Quoted(&key)),
+                    Quoted(&error.to_string()).to_string(),
+                ));
             })?;
             metadata.insert(key, value);
         }
@@ -336,7 +339,9 @@ impl<'de> Visitor<'de> for TensorSeed<'_> {
                 _ => map.next_value::<IgnoredAny>().map(|_| false)?,
             };
             if repeated {
-                return Err(self.state.refuse(format!("one `{key}`"), "a second one"));
+                return Err(self
+                    .state
+                    .refuse(format!("one `{}`", Quoted(&key)), "a second one"));
             }
         }
         let dtype = dtype.ok_or_else(|| A::Error::missing_field("dtype"))?;
@@ -358,7 +363,7 @@ fn check_tensor<E: serde::de::Error>(
         let known = Dtype::ALL.map(Dtype::name).join(", ");
         return Err(state.refuse(
             format!("a dtype of {known}"),
-            format!("`{}`", dtype.escape_debug()),
+            format!("`{}`", Quoted(dtype)),
         ));
     };
     let Some(elements) = dtype::elements(&shape) else {

@@ -10,7 +10,7 @@ use std::path::{Component, Path};
 use serde::de::{Error as _, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
-use crate::error::{Fault, Result};
+use crate::error::{Fault, Quoted, Result};
 use crate::json::read_json;
 
 /// A shard index, its file names checked.
@@ -30,7 +30,7 @@ impl Index {
                 return Err(Fault::new(
                     path,
                     "a shard's plain file name, in the folder of the index",
-                    format!("`{}`", shard.escape_debug()),
+                    format!("`{}`", Quoted(shard)),
                     "this index points outside of its folder: do not use it",
                 )
                 .tensor(tensor)
@@ -74,7 +74,8 @@ fn distinct<'de, D: Deserializer<'de>>(
             while let Some((tensor, shard)) = map.next_entry::<String, String>()? {
                 if names.contains_key(&tensor) {
                     return Err(A::Error::custom(format_args!(
-                        "tensor `{tensor}` is mapped twice"
+                        "tensor `{}` is mapped twice",
+                        Quoted(&tensor)
                     )));
                 }
                 names.insert(tensor, shard);

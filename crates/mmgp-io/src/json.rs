@@ -39,12 +39,15 @@ pub fn read_json<T: DeserializeOwned>(path: impl AsRef<Path>) -> Result<T> {
     })
 }
 
-/// What a JSON error says, without the place that serde_json adds at its end.
+/// What a JSON error says, without the place that serde_json adds at its end; it can quote the file, so it is cut as a name would be.
 pub(crate) fn message(error: &serde_json::Error) -> String {
     let text = error.to_string();
     let place = format!(" at line {} column {}", error.line(), error.column());
-    text.strip_suffix(&place)
-        .map_or(text.clone(), str::to_owned)
+    let message = text.strip_suffix(&place).unwrap_or(&text);
+    match message.char_indices().nth(400) {
+        Some((cut, _)) => format!("{}…", &message[..cut]),
+        None => message.to_owned(),
+    }
 }
 
 #[cfg(test)]
