@@ -16,8 +16,7 @@ use mmgp_quant::{Form, Part, Source, Stored, Weights, join_parts};
 use parking_lot::Mutex;
 
 use crate::{
-    BlockImage, Error, ImageTensor, Paged, Pager, Result, Segment,
-    pager::NewBlock,
+    BlockImage, Error, ImageTensor, Paged, Pager, Result, Segment, pager::NewBlock,
     placeholder::placeholder,
 };
 

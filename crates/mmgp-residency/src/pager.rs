@@ -20,9 +20,8 @@ use crossbeam_channel::{Receiver, Sender};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use crate::{
-    BlockImage, Budget, Budgets, Bytes, Device, Error, Host, ModelReport, Plan, Report, Result, Slot,
-    order::Order,
-    plan::ModelSizes,
+    BlockImage, Budget, Budgets, Bytes, Device, Error, Host, ModelReport, Plan, Report, Result,
+    Slot, order::Order, plan::ModelSizes,
 };
 
 /// Threads that fetch blocks: one fetches ahead, one is there when that was the wrong one.
@@ -195,7 +194,9 @@ impl Pager {
             disk: Bytes(m.disk),
             weights: Bytes(m.blocks.iter().map(|b| b.image.bytes).sum()),
             form: form(&m.blocks),
-            limit: Bytes(state.plan.as_ref().and_then(|p| p.models.get(at)).map_or(u64::MAX, |p| p.limit.0)),
+            limit: Bytes(
+                state.plan.as_ref().and_then(|p| p.models.get(at)).map_or(u64::MAX, |p| p.limit.0),
+            ),
             peak: Bytes(m.stats.peak),
             read: Bytes(m.stats.read),
             visits: m.stats.visits,
@@ -328,7 +329,8 @@ impl Pager {
         if state.make_room(wanted, others) || state.make_room(wanted, all) {
             return self.start(state, at);
         }
-        if state.models.iter().flat_map(|m| &m.slots).any(|s| matches!(s.phase, Phase::Filling(_))) {
+        if state.models.iter().flat_map(|m| &m.slots).any(|s| matches!(s.phase, Phase::Filling(_)))
+        {
             return Ok(()); // what is being fetched can be given back once it is there
         }
         Err(Error::InUse {
@@ -346,7 +348,8 @@ impl Pager {
         for next in state.upcoming(now) {
             let slot = state.slot_mut(next);
             match slot.phase {
-                Phase::Ready { block, .. } | Phase::Leased { block, .. } if block == next.block => {}
+                Phase::Ready { block, .. } | Phase::Leased { block, .. } if block == next.block => {
+                }
                 Phase::Empty | Phase::Ready { .. } => {
                     let room = state.missing(next);
                     let done = |state: &State, m: usize, slot: usize| {
