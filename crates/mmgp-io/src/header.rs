@@ -436,3 +436,64 @@ impl<'de> Visitor<'de> for ShapeSeed {
         Ok(shape)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::error::Error;
+
+    fn fault(json: &str, data_len: usize) -> Fault {
+        let file_len = PREFIX + (json.len() + data_len) as u64;
+        match parse(Path::new("f"), json.as_bytes(), file_len).unwrap_err() {
+            Error::Malformed(fault) => *fault,
+            other => panic!("{other}"),
+        }
+    }
+
+    #[test]
+    fn entries_come_in_the_order_of_their_bytes() {
+        let json = r#"{"a":{"dtype":"U8","shape":[1],"data_offsets":[2,3]},"b":{"dtype":"I16","shape":[],"data_offsets":[0,2]}}"#;
+        let start = PREFIX + json.len() as u64;
+        let header = parse(Path::new("f"), json.as_bytes(), start + 3).unwrap();
+        let found: Vec<_> = header
+            .entries
+            .iter()
+            .map(|e| (&*e.name, e.range.clone()))
+            .collect();
+        assert_eq!(
+            found,
+            [("b", start..start + 2), ("a", start + 2..start + 3)]
+        );
+    }
+
+    #[test]
+    fn offsets_of_faults_are_absolute_on_every_line() {
+        assert_eq!(
+            (offset_of("ab\ncd", 1, 1), offset_of("ab\ncd", 2, 2)),
+            (0, 4)
+        );
+        // serde_json names no place at all in some cases; the header's start is the next best.
+        assert_eq!((offset_of("ab", 0, 0), offset_of("ab", 1, 99)), (0, 2));
+        let one = fault(r#"{"a" 1}"#, 0);
+        let two = fault("{\n\"a\" 1}", 0);
+        assert_eq!(
+            (one.offset, two.offset),
+            (Some(PREFIX + 5), Some(PREFIX + 6))
+        );
+    }
+
+    #[test]
+    fn a_fault_of_the_layout_is_at_the_data() {
+        let json = r#"{"a":{"dtype":"U8","shape":[1],"data_offsets":[1,2]}}"#;
+        let fault = fault(json, 2);
+        assert_eq!(fault.tensor.as_deref(), Some("a"));
+        assert_eq!(fault.offset, Some(PREFIX + json.len() as u64 + 1));
+    }
+
+    #[test]
+    fn advice_is_for_other_kinds_of_files_only() {
+        assert!(what_it_is(*b"version ").is_some());
+        assert!(what_it_is(640u64.to_le_bytes()).is_none());
+    }
+}

@@ -1,7 +1,7 @@
 //! Writes a checkpoint in shards with an index, as transformers and diffusers name and read them.
 //!
-//! All shards are complete, under temporary names, before the first gets its own, and the index comes last: a failure on the way
-//! leaves nothing, and a reader never sees an index without its shards.
+//! All shards are complete, under temporary names, before the first gets its own, and the index comes last: a failure while writing
+//! leaves nothing, one among the renames leaves whole shards without their index, never an index without its shards.
 
 use std::collections::BTreeMap;
 use std::fs;

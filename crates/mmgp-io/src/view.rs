@@ -99,3 +99,15 @@ impl TensorView {
         Arc::clone(&self.entry.name)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn views_cross_threads() {
+        fn crosses<T: Send + Sync + 'static>() {}
+        crosses::<TensorView>();
+        crosses::<crate::Checkpoint>();
+    }
+}
