@@ -35,10 +35,7 @@ impl Checkpoint {
     /// Whatever keeps a file from being read and trusted: see [`Error`]. An index and its shards must agree on where each tensor is.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        if path
-            .extension()
-            .is_some_and(|end| end.eq_ignore_ascii_case("json"))
-        {
+        if path.extension().is_some_and(|end| end.eq_ignore_ascii_case("json")) {
             return Self::open_index(path);
         }
         let mut checkpoint = Self::empty(path);
@@ -55,12 +52,9 @@ impl Checkpoint {
     /// [`Error::NoWeights`] with everything that was looked for and what is there instead; else as [`open`](Self::open).
     pub fn open_dir(dir: impl AsRef<Path>, stems: &[&str]) -> Result<Self> {
         let dir = dir.as_ref();
-        if !fs::metadata(dir)
-            .map_err(|e| Error::io(dir, "open", e))?
-            .is_dir()
-        {
+        if !fs::metadata(dir).map_err(|e| Error::io(dir, "open", e))?.is_dir() {
             return Err(
-                Fault::new(dir, "a model's folder", "a file", "open the file itself").into(),
+                Fault::new(dir, "a model's folder", "a file", "open the file itself").into()
             );
         }
         let looked_for: Vec<String> = stems.iter().flat_map(|stem| candidates(stem)).collect();
@@ -257,36 +251,23 @@ impl Checkpoint {
             .filter(|(score, known)| score * 2 > name.len().min(known.len()))
             .collect();
         scored.sort_by(|a, b| {
-            b.0.cmp(&a.0)
-                .then_with(|| a.1.len().cmp(&b.1.len()))
-                .then_with(|| a.1.cmp(b.1))
+            b.0.cmp(&a.0).then_with(|| a.1.len().cmp(&b.1.len())).then_with(|| a.1.cmp(b.1))
         });
-        scored
-            .into_iter()
-            .take(3)
-            .map(|(_, known)| known.to_owned())
-            .collect()
+        scored.into_iter().take(3).map(|(_, known)| known.to_owned()).collect()
     }
 }
 
 /// Bytes in the common beginning and the common end of two names.
 fn likeness(a: &[u8], b: &[u8]) -> usize {
     let begin = a.iter().zip(b).take_while(|(x, y)| x == y).count();
-    let end = a[begin..]
-        .iter()
-        .rev()
-        .zip(b[begin..].iter().rev())
-        .take_while(|(x, y)| x == y)
-        .count();
+    let end =
+        a[begin..].iter().rev().zip(b[begin..].iter().rev()).take_while(|(x, y)| x == y).count();
     begin + end
 }
 
 /// The file names under which a stem's weights are published, in order of preference.
 fn candidates(stem: &str) -> Vec<String> {
-    let mut names = vec![
-        format!("{stem}.safetensors"),
-        format!("{stem}.safetensors.index.json"),
-    ];
+    let mut names = vec![format!("{stem}.safetensors"), format!("{stem}.safetensors.index.json")];
     for variant in ["fp16", "bf16"] {
         names.push(format!("{stem}.{variant}.safetensors"));
         // As the libraries write it, and as it is also found.

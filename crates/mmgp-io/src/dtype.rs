@@ -150,9 +150,7 @@ pub struct UnknownDtype(pub String);
 ///
 /// Multiplied from the left as the reference reader does, so that `[2^40, 2^40, 0]` overflows for both.
 pub(crate) fn elements(shape: &[usize]) -> Option<u64> {
-    shape.iter().try_fold(1u64, |product, &dim| {
-        product.checked_mul(u64::try_from(dim).ok()?)
-    })
+    shape.iter().try_fold(1u64, |product, &dim| product.checked_mul(u64::try_from(dim).ok()?))
 }
 
 #[cfg(test)]
@@ -165,10 +163,7 @@ mod tests {
         for dtype in Dtype::ALL {
             assert_eq!(dtype.to_string().parse::<Dtype>().unwrap(), dtype);
         }
-        assert_eq!(
-            "F12".parse::<Dtype>().unwrap_err().to_string(),
-            "unknown dtype `F12`"
-        );
+        assert_eq!("F12".parse::<Dtype>().unwrap_err().to_string(), "unknown dtype `F12`");
         assert!("bf16".parse::<Dtype>().is_err());
     }
 

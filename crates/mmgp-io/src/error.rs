@@ -122,11 +122,7 @@ pub enum Error {
 
 impl Error {
     pub(crate) fn io(path: &Path, action: &'static str, source: io::Error) -> Self {
-        Self::Io {
-            path: path.to_path_buf(),
-            action,
-            source,
-        }
+        Self::Io { path: path.to_path_buf(), action, source }
     }
 
     /// The file, index or folder that the error is about.
@@ -209,11 +205,7 @@ impl fmt::Display for Fault {
         if let Some(offset) = self.offset {
             write!(f, ": at byte {offset}")?;
         }
-        write!(
-            f,
-            ": expected {}, found {}; {}",
-            self.expected, self.found, self.remedy
-        )
+        write!(f, ": expected {}, found {}; {}", self.expected, self.found, self.remedy)
     }
 }
 
@@ -223,12 +215,9 @@ pub(crate) struct Quoted<'a>(pub(crate) &'a str);
 impl fmt::Display for Quoted<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.0.char_indices().nth(200) {
-            Some((cut, _)) => write!(
-                f,
-                "{}… ({} bytes)",
-                self.0[..cut].escape_debug(),
-                self.0.len()
-            ),
+            Some((cut, _)) => {
+                write!(f, "{}… ({} bytes)", self.0[..cut].escape_debug(), self.0.len())
+            }
             None => write!(f, "{}", self.0.escape_debug()),
         }
     }
@@ -254,11 +243,8 @@ struct Present<'a>(&'a [String]);
 
 impl fmt::Display for Present<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let pickled = |name: &String| {
-            [".bin", ".pt", ".pth", ".ckpt"]
-                .iter()
-                .any(|end| name.ends_with(end))
-        };
+        let pickled =
+            |name: &String| [".bin", ".pt", ".pth", ".ckpt"].iter().any(|end| name.ends_with(end));
         match self.0 {
             [] => f.write_str("; the folder holds no weight files at all"),
             names if names.iter().all(pickled) => write!(

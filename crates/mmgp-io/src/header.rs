@@ -100,23 +100,14 @@ fn parse(path: &Path, bytes: &[u8], file_len: u64) -> Result<Header> {
             .at(PREFIX + e.valid_up_to() as u64)
     })?;
     if !json.starts_with('{') {
-        let found = json
-            .chars()
-            .next()
-            .map_or("an empty header".into(), |c| format!("{c:?}"));
-        return Err(
-            Fault::new(path, "a header that begins with `{`", found, DAMAGED)
-                .at(PREFIX)
-                .into(),
-        );
+        let found = json.chars().next().map_or("an empty header".into(), |c| format!("{c:?}"));
+        return Err(Fault::new(path, "a header that begins with `{`", found, DAMAGED)
+            .at(PREFIX)
+            .into());
     }
     let data_start = PREFIX + bytes.len() as u64;
-    let mut state = State {
-        data_start,
-        data_len: file_len - data_start,
-        current: None,
-        fault: None,
-    };
+    let mut state =
+        State { data_start, data_len: file_len - data_start, current: None, fault: None };
     let mut json_reader = serde_json::Deserializer::from_str(json);
     let parsed = (&mut json_reader)
         .deserialize_map(HeaderVisitor { state: &mut state })
@@ -163,10 +154,7 @@ fn check_layout(path: &Path, entries: &[Entry], data_start: u64, file_len: u64) 
     if end != file_len {
         return Err(Fault::new(
             path,
-            format!(
-                "the end of the file at byte {end}, where `{}` ends",
-                Quoted(before)
-            ),
+            format!("the end of the file at byte {end}, where `{}` ends", Quoted(before)),
             format!("{} trailing bytes", file_len - end),
             DAMAGED,
         )
@@ -195,11 +183,8 @@ fn what_it_is(prefix: [u8; 8]) -> Option<&'static str> {
 
 /// Bytes from the start of `json` to a line and column (both from 1) of it.
 fn offset_of(json: &str, line: usize, column: usize) -> u64 {
-    let line_start: usize = json
-        .split_inclusive('\n')
-        .take(line.saturating_sub(1))
-        .map(str::len)
-        .sum();
+    let line_start: usize =
+        json.split_inclusive('\n').take(line.saturating_sub(1)).map(str::len).sum();
     (line_start + column.saturating_sub(1)).min(json.len()) as u64
 }
 
@@ -250,10 +235,7 @@ impl<'de> Visitor<'de> for HeaderVisitor<'_> {
             if entries.contains_key(&name) {
                 return Err(state.refuse("every name once", "a second tensor of this name"));
             }
-            let entry = map.next_value_seed(TensorSeed {
-                state,
-                name: Arc::clone(&name),
-            })?;
+            let entry = map.next_value_seed(TensorSeed { state, name: Arc::clone(&name) })?;
             entries.insert(name, entry);
             state.current = None;
         }
@@ -292,10 +274,9 @@ impl<'de> Visitor<'de> for MetadataSeed<'_> {
         let mut metadata = BTreeMap::new();
         while let Some(key) = map.next_key::<String>()? {
             if metadata.contains_key(&key) {
-                return Err(self.state.refuse(
-                    "every metadata key once",
-                    format!("`{}` again", Quoted(&key)),
-                ));
+                return Err(self
+                    .state
+                    .refuse("every metadata key once", format!("`{}` again", Quoted(&key))));
             }
             let value = map.next_value::<String>().inspect_err(|error| {
                 self.state.fault = Some((
@@ -339,9 +320,7 @@ impl<'de> Visitor<'de> for TensorSeed<'_> {
                 _ => map.next_value::<IgnoredAny>().map(|_| false)?,
             };
             if repeated {
-                return Err(self
-                    .state
-                    .refuse(format!("one `{}`", Quoted(&key)), "a second one"));
+                return Err(self.state.refuse(format!("one `{}`", Quoted(&key)), "a second one"));
             }
         }
         let dtype = dtype.ok_or_else(|| A::Error::missing_field("dtype"))?;
@@ -361,10 +340,7 @@ fn check_tensor<E: serde::de::Error>(
 ) -> Result<Entry, E> {
     let Ok(dtype) = dtype.parse::<Dtype>() else {
         let known = Dtype::ALL.map(Dtype::name).join(", ");
-        return Err(state.refuse(
-            format!("a dtype of {known}"),
-            format!("`{}`", Quoted(dtype)),
-        ));
+        return Err(state.refuse(format!("a dtype of {known}"), format!("`{}`", Quoted(dtype))));
     };
     let Some(elements) = dtype::elements(&shape) else {
         return Err(state.refuse("a shape whose product fits 64 bits", format!("{shape:?}")));
@@ -376,10 +352,8 @@ fn check_tensor<E: serde::de::Error>(
         ));
     };
     if start > end {
-        return Err(state.refuse(
-            "data_offsets that run forward",
-            format!("reversed ones, [{start}, {end}]"),
-        ));
+        return Err(state
+            .refuse("data_offsets that run forward", format!("reversed ones, [{start}, {end}]")));
     }
     if end > state.data_len {
         return Err(state.refuse(
@@ -427,9 +401,7 @@ impl<'de> Visitor<'de> for ShapeSeed {
         let mut shape = Vec::new();
         while let Some(dim) = seq.next_element::<usize>()? {
             if shape.len() == MAX_RANK {
-                return Err(A::Error::custom(format_args!(
-                    "more than {MAX_RANK} dimensions"
-                )));
+                return Err(A::Error::custom(format_args!("more than {MAX_RANK} dimensions")));
             }
             shape.push(dim);
         }
@@ -456,31 +428,18 @@ mod tests {
         let json = r#"{"a":{"dtype":"U8","shape":[1],"data_offsets":[2,3]},"b":{"dtype":"I16","shape":[],"data_offsets":[0,2]}}"#;
         let start = PREFIX + json.len() as u64;
         let header = parse(Path::new("f"), json.as_bytes(), start + 3).unwrap();
-        let found: Vec<_> = header
-            .entries
-            .iter()
-            .map(|e| (&*e.name, e.range.clone()))
-            .collect();
-        assert_eq!(
-            found,
-            [("b", start..start + 2), ("a", start + 2..start + 3)]
-        );
+        let found: Vec<_> = header.entries.iter().map(|e| (&*e.name, e.range.clone())).collect();
+        assert_eq!(found, [("b", start..start + 2), ("a", start + 2..start + 3)]);
     }
 
     #[test]
     fn offsets_of_faults_are_absolute_on_every_line() {
-        assert_eq!(
-            (offset_of("ab\ncd", 1, 1), offset_of("ab\ncd", 2, 2)),
-            (0, 4)
-        );
+        assert_eq!((offset_of("ab\ncd", 1, 1), offset_of("ab\ncd", 2, 2)), (0, 4));
         // serde_json names no place at all in some cases; the header's start is the next best.
         assert_eq!((offset_of("ab", 0, 0), offset_of("ab", 1, 99)), (0, 2));
         let one = fault(r#"{"a" 1}"#, 0);
         let two = fault("{\n\"a\" 1}", 0);
-        assert_eq!(
-            (one.offset, two.offset),
-            (Some(PREFIX + 5), Some(PREFIX + 6))
-        );
+        assert_eq!((one.offset, two.offset), (Some(PREFIX + 5), Some(PREFIX + 6)));
     }
 
     #[test]

@@ -26,10 +26,7 @@ pub fn read_json<T: DeserializeOwned>(path: impl AsRef<Path>) -> Result<T> {
         .read_to_end(&mut bytes)
         .map_err(|e| Error::io(path, "read", e))?;
     if bytes.len() as u64 > MAX_JSON {
-        return Err(Error::TooLarge {
-            path: path.to_path_buf(),
-            limit: MAX_JSON,
-        });
+        return Err(Error::TooLarge { path: path.to_path_buf(), limit: MAX_JSON });
     }
     serde_json::from_slice(&bytes).map_err(|error| Error::Json {
         path: path.to_path_buf(),
@@ -69,23 +66,14 @@ mod tests {
         fs::write(&path, "{\"layers\": 19}").unwrap();
         let config: std::collections::BTreeMap<String, u32> = read_json(&path).unwrap();
         assert_eq!(config["layers"], 19);
-        assert!(matches!(
-            read_json::<u8>(dir.path().join("none.json")),
-            Err(Error::Io { .. })
-        ));
+        assert!(matches!(read_json::<u8>(dir.path().join("none.json")), Err(Error::Io { .. })));
     }
 
     #[test]
     fn giants_are_refused() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("config.json");
-        fs::File::create(&path)
-            .unwrap()
-            .set_len(MAX_JSON + 1)
-            .unwrap();
-        assert!(matches!(
-            read_json::<u8>(&path),
-            Err(Error::TooLarge { .. })
-        ));
+        fs::File::create(&path).unwrap().set_len(MAX_JSON + 1).unwrap();
+        assert!(matches!(read_json::<u8>(&path), Err(Error::TooLarge { .. })));
     }
 }

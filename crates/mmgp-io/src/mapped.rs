@@ -116,11 +116,7 @@ impl FileIdentity {
         };
         #[cfg(not(unix))]
         let node = (0, 0);
-        Self {
-            node,
-            len: metadata.len(),
-            modified: metadata.modified().ok(),
-        }
+        Self { node, len: metadata.len(), modified: metadata.modified().ok() }
     }
 }
 
@@ -128,11 +124,7 @@ impl FileIdentity {
 pub(crate) fn open_regular(path: &Path) -> Result<File> {
     let metadata = fs::metadata(path).map_err(|e| Error::io(path, "open", e))?;
     if !metadata.is_file() {
-        let found = if metadata.is_dir() {
-            "a folder"
-        } else {
-            "a pipe, a socket or a device"
-        };
+        let found = if metadata.is_dir() { "a folder" } else { "a pipe, a socket or a device" };
         return Err(Fault::new(path, "a file", found, "give the path of the file itself").into());
     }
     File::open(path).map_err(|e| Error::io(path, "open", e))
@@ -175,35 +167,16 @@ mod tests {
         source.read_exact_at(&mut buf, 8996).unwrap();
         assert_eq!(buf, [7; 4]);
 
-        File::options()
-            .write(true)
-            .open(&path)
-            .unwrap()
-            .set_len(100)
-            .unwrap();
-        let message = source
-            .read_exact_at(&mut buf, 8996)
-            .unwrap_err()
-            .to_string();
-        assert!(
-            message.contains("weights: cannot read 4 bytes at byte 8996"),
-            "{message}"
-        );
-        assert_ne!(
-            SourceFile::open(&path).unwrap().identity(),
-            source.identity()
-        );
+        File::options().write(true).open(&path).unwrap().set_len(100).unwrap();
+        let message = source.read_exact_at(&mut buf, 8996).unwrap_err().to_string();
+        assert!(message.contains("weights: cannot read 4 bytes at byte 8996"), "{message}");
+        assert_ne!(SourceFile::open(&path).unwrap().identity(), source.identity());
     }
 
     #[test]
     fn folders_and_empty_files() {
         let dir = tempfile::tempdir().unwrap();
-        assert!(
-            SourceFile::open(dir.path())
-                .unwrap_err()
-                .to_string()
-                .contains("found a folder")
-        );
+        assert!(SourceFile::open(dir.path()).unwrap_err().to_string().contains("found a folder"));
         let path = dir.path().join("empty");
         fs::write(&path, []).unwrap();
         let source = SourceFile::open(&path).unwrap();

@@ -75,15 +75,9 @@ pub fn write_sharded_with(
     let shards = cut(&plan, options.max_shard_bytes);
     let names: Vec<String> = match shards.len() {
         1 => vec![format!("{stem}.safetensors")],
-        n => (1..=n)
-            .map(|i| format!("{stem}-{i:05}-of-{n:05}.safetensors"))
-            .collect(),
+        n => (1..=n).map(|i| format!("{stem}-{i:05}-of-{n:05}.safetensors")).collect(),
     };
-    let (opened, stale) = if shards.len() == 1 {
-        (single, index)
-    } else {
-        (index, single)
-    };
+    let (opened, stale) = if shards.len() == 1 { (single, index) } else { (index, single) };
     if options.overwrite == Overwrite::No {
         let shards = names.iter().map(|name| dir.join(name));
         if let Some(path) = shards
@@ -144,10 +138,8 @@ fn index_json(
     shards: &[usize],
     names: &[String],
 ) -> Result<Vec<u8>> {
-    let files = shards
-        .iter()
-        .zip(names)
-        .flat_map(|(count, name)| std::iter::repeat_n(name, *count));
+    let files =
+        shards.iter().zip(names).flat_map(|(count, name)| std::iter::repeat_n(name, *count));
     let weight_map: BTreeMap<&str, &str> = plan
         .iter()
         .zip(files)

@@ -22,10 +22,7 @@ impl TensorView {
     /// `entry` has been validated against `file`.
     pub(crate) fn new(entry: Entry, file: Arc<SourceFile>) -> Self {
         debug_assert!(entry.range.start <= entry.range.end && entry.range.end <= file.len());
-        Self {
-            entry: Arc::new(entry),
-            file,
-        }
+        Self { entry: Arc::new(entry), file }
     }
 
     /// The name in the file.
@@ -91,8 +88,7 @@ impl TensorView {
             .tensor(self.name())
             .into());
         }
-        self.file
-            .read_exact_at(buf, self.entry.range.start + offset)
+        self.file.read_exact_at(buf, self.entry.range.start + offset)
     }
 
     pub(crate) fn shared_name(&self) -> Arc<str> {

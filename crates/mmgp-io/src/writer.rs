@@ -33,11 +33,7 @@ pub struct TensorSpec {
 impl TensorSpec {
     /// A tensor of this name, dtype and shape.
     pub fn new(name: impl Into<String>, dtype: Dtype, shape: impl Into<Vec<usize>>) -> Self {
-        Self {
-            name: name.into(),
-            dtype,
-            shape: shape.into(),
-        }
+        Self { name: name.into(), dtype, shape: shape.into() }
     }
 
     /// Its bytes; `None` if that overflows or is no whole number of bytes.
@@ -172,19 +168,10 @@ impl Writer {
         }
         let path = self.path;
         self.out.flush().map_err(|e| Error::io(&path, "write", e))?;
-        let temporary = self
-            .out
-            .into_inner()
-            .map_err(|e| Error::io(&path, "write", e.into_error()))?;
-        temporary
-            .as_file()
-            .sync_all()
-            .map_err(|e| Error::io(&path, "flush to disk", e))?;
-        Ok(Sealed {
-            path,
-            overwrite: self.overwrite,
-            temporary: temporary.into_temp_path(),
-        })
+        let temporary =
+            self.out.into_inner().map_err(|e| Error::io(&path, "write", e.into_error()))?;
+        temporary.as_file().sync_all().map_err(|e| Error::io(&path, "flush to disk", e))?;
+        Ok(Sealed { path, overwrite: self.overwrite, temporary: temporary.into_temp_path() })
     }
 
     fn put(&mut self, bytes: &[u8]) -> Result<()> {
@@ -195,15 +182,10 @@ impl Writer {
     }
 
     fn fault(&self, name: &str, expected: impl Into<String>, found: impl Into<String>) -> Error {
-        Fault::new(
-            &self.path,
-            expected,
-            found,
-            "write tensors whole and in the order announced",
-        )
-        .tensor(name)
-        .at(self.offset)
-        .into()
+        Fault::new(&self.path, expected, found, "write tensors whole and in the order announced")
+            .tensor(name)
+            .at(self.offset)
+            .into()
     }
 }
 
@@ -218,25 +200,14 @@ impl Sealed {
     /// A small file, written at once.
     pub(crate) fn from_bytes(path: &Path, bytes: &[u8], overwrite: Overwrite) -> Result<Self> {
         let mut file = temporary(path)?;
-        file.write_all(bytes)
-            .map_err(|e| Error::io(path, "write", e))?;
-        file.as_file()
-            .sync_all()
-            .map_err(|e| Error::io(path, "flush to disk", e))?;
-        Ok(Self {
-            path: path.to_path_buf(),
-            overwrite,
-            temporary: file.into_temp_path(),
-        })
+        file.write_all(bytes).map_err(|e| Error::io(path, "write", e))?;
+        file.as_file().sync_all().map_err(|e| Error::io(path, "flush to disk", e))?;
+        Ok(Self { path: path.to_path_buf(), overwrite, temporary: file.into_temp_path() })
     }
 
     /// Gives the file its name.
     pub(crate) fn publish(self) -> Result<()> {
-        let Self {
-            path,
-            overwrite,
-            temporary,
-        } = self;
+        let Self { path, overwrite, temporary } = self;
         let result = match overwrite {
             Overwrite::Yes => temporary.persist(&path),
             Overwrite::No => temporary.persist_noclobber(&path),
@@ -264,9 +235,7 @@ fn temporary(path: &Path) -> Result<NamedTempFile> {
     };
     #[cfg(unix)]
     builder.permissions(permissions);
-    builder
-        .tempfile_in(folder(path))
-        .map_err(|e| Error::io(path, "create a file beside it", e))
+    builder.tempfile_in(folder(path)).map_err(|e| Error::io(path, "create a file beside it", e))
 }
 
 fn folder(path: &Path) -> &Path {
@@ -308,22 +277,12 @@ pub(crate) fn plan(path: &Path, specs: &[TensorSpec]) -> Result<Vec<(String, u64
     let mut plan = Vec::with_capacity(specs.len());
     for spec in specs {
         if spec.name == METADATA {
-            return Err(refuse(
-                spec,
-                "a tensor's name",
-                "a name that the format reserves".into(),
-            ));
+            return Err(refuse(spec, "a tensor's name", "a name that the format reserves".into()));
         }
         if !names.insert(spec.name.as_str()) {
-            return Err(refuse(
-                spec,
-                "every name once",
-                "a second tensor of this name".into(),
-            ));
+            return Err(refuse(spec, "every name once", "a second tensor of this name".into()));
         }
-        let sized = spec
-            .bytes()
-            .and_then(|bytes| Some((bytes, total.checked_add(bytes)?)));
+        let sized = spec.bytes().and_then(|bytes| Some((bytes, total.checked_add(bytes)?)));
         let Some((bytes, sum)) = sized else {
             let found = format!("{} {:?}", spec.dtype, spec.shape);
             return Err(refuse(

@@ -15,12 +15,8 @@ type Tensor = (TensorSpec, Vec<u8>);
 
 fn tensor(name: String) -> impl Strategy<Value = Tensor> {
     let shape = prop::collection::vec(0usize..5, 0..4);
-    (
-        prop::sample::select(Dtype::ALL.to_vec()),
-        shape,
-        any::<u64>(),
-    )
-        .prop_map(move |(dtype, mut shape, seed)| {
+    (prop::sample::select(Dtype::ALL.to_vec()), shape, any::<u64>()).prop_map(
+        move |(dtype, mut shape, seed)| {
             let mut spec = TensorSpec::new(name.clone(), dtype, shape.clone());
             if spec.bytes().is_none() {
                 // Four of the packed ones always fill whole bytes.
@@ -28,11 +24,10 @@ fn tensor(name: String) -> impl Strategy<Value = Tensor> {
                 spec.shape = shape;
             }
             let len = spec.bytes().unwrap();
-            let bytes = (0..len)
-                .map(|i| (seed.wrapping_mul(i + 1) >> 13) as u8)
-                .collect();
+            let bytes = (0..len).map(|i| (seed.wrapping_mul(i + 1) >> 13) as u8).collect();
             (spec, bytes)
-        })
+        },
+    )
 }
 
 fn tensors() -> impl Strategy<Value = Vec<Tensor>> {
@@ -60,10 +55,7 @@ fn same(checkpoint: &Checkpoint, bytes: &[u8]) {
         assert_eq!(their_dtype(ours.dtype()), theirs.dtype());
         assert_eq!(ours.shape(), theirs.shape());
         let start = theirs.data().as_ptr() as usize - bytes.as_ptr() as usize;
-        assert_eq!(
-            ours.range(),
-            start as u64..(start + theirs.data().len()) as u64
-        );
+        assert_eq!(ours.range(), start as u64..(start + theirs.data().len()) as u64);
         assert_eq!(ours.bytes(), theirs.data());
         let mut read = vec![0; ours.len() as usize];
         ours.read_into(0, &mut read).unwrap();

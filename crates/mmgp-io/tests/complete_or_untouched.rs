@@ -47,21 +47,14 @@ fn order_and_completeness_are_checked() {
     let mut writer = create(&path, Overwrite::No).unwrap();
     says(
         writer.write("b", &[1, 2]).unwrap_err(),
-        &[
-            "w.safetensors",
-            "tensor `b`",
-            "`a`, which has 0 of its 3 bytes",
-        ],
+        &["w.safetensors", "tensor `b`", "`a`, which has 0 of its 3 bytes"],
     );
     writer.write("a", &[1, 2]).unwrap();
     says(
         writer.write("a", &[3, 4]).unwrap_err(),
         &["tensor `a`", "3 bytes in all", "2 bytes after 2"],
     );
-    says(
-        writer.write("b", &[1]).unwrap_err(),
-        &["`a`, which has 2 of its 3 bytes"],
-    );
+    says(writer.write("b", &[1]).unwrap_err(), &["`a`, which has 2 of its 3 bytes"]);
     writer.write("a", &[3]).unwrap();
     // `none` has no bytes and may be left out.
     writer.write("b", &[4]).unwrap();
@@ -83,10 +76,7 @@ fn unfinished_files_leave_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("w.safetensors");
     fs::write(&path, "old").unwrap();
-    says(
-        create(&path, Overwrite::No).unwrap_err(),
-        &["w.safetensors", "exists already"],
-    );
+    says(create(&path, Overwrite::No).unwrap_err(), &["w.safetensors", "exists already"]);
 
     let mut writer = create(&path, Overwrite::Yes).unwrap();
     writer.write("a", &[1, 2, 3]).unwrap();
@@ -95,12 +85,7 @@ fn unfinished_files_leave_nothing() {
     writer.write("a", &[1, 2, 3]).unwrap();
     says(
         writer.finish().unwrap_err(),
-        &[
-            "w.safetensors",
-            "tensor `b`",
-            "2 bytes before the end",
-            "0 bytes",
-        ],
+        &["w.safetensors", "tensor `b`", "2 bytes before the end", "0 bytes"],
     );
     assert_eq!(fs::read(&path).unwrap(), b"old");
     assert_eq!(names(dir.path()), ["w.safetensors"]);
@@ -140,46 +125,21 @@ fn specs_that_cannot_be_written() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("w.safetensors");
     let refuse = |specs: &[TensorSpec], parts: &[&str]| {
-        says(
-            Writer::create(&path, specs, &BTreeMap::new(), Overwrite::No).unwrap_err(),
-            parts,
-        );
+        says(Writer::create(&path, specs, &BTreeMap::new(), Overwrite::No).unwrap_err(), parts);
     };
     let a = TensorSpec::new("a", Dtype::U8, [1]);
-    refuse(
-        &[a.clone(), a.clone()],
-        &["w.safetensors", "tensor `a`", "second tensor"],
-    );
-    refuse(
-        &[TensorSpec::new("__metadata__", Dtype::U8, [1])],
-        &["reserves"],
-    );
-    refuse(
-        &[TensorSpec::new("x", Dtype::F4, [3])],
-        &["tensor `x`", "F4 [3]"],
-    );
-    refuse(
-        &[TensorSpec::new("x", Dtype::U8, [usize::MAX, 2])],
-        &["tensor `x`"],
-    );
+    refuse(&[a.clone(), a.clone()], &["w.safetensors", "tensor `a`", "second tensor"]);
+    refuse(&[TensorSpec::new("__metadata__", Dtype::U8, [1])], &["reserves"]);
+    refuse(&[TensorSpec::new("x", Dtype::F4, [3])], &["tensor `x`", "F4 [3]"]);
+    refuse(&[TensorSpec::new("x", Dtype::U8, [usize::MAX, 2])], &["tensor `x`"]);
     let half = TensorSpec::new("x", Dtype::U8, [1 << 60]);
-    let many: Vec<_> = (0..17)
-        .map(|i| TensorSpec {
-            name: i.to_string(),
-            ..half.clone()
-        })
-        .collect();
+    let many: Vec<_> =
+        (0..17).map(|i| TensorSpec { name: i.to_string(), ..half.clone() }).collect();
     refuse(&many, &["tensor `15`", "fits 64 bits"]);
-    refuse(
-        &[TensorSpec::new("x".repeat(100_000_001), Dtype::U8, [1])],
-        &["100000000", "shards"],
-    );
+    refuse(&[TensorSpec::new("x".repeat(100_000_001), Dtype::U8, [1])], &["100000000", "shards"]);
     assert!(names(dir.path()).is_empty());
     let nowhere = dir.path().join("none").join("w.safetensors");
-    says(
-        create(&nowhere, Overwrite::No).unwrap_err(),
-        &["none/w.safetensors", "cannot create"],
-    );
+    says(create(&nowhere, Overwrite::No).unwrap_err(), &["none/w.safetensors", "cannot create"]);
 }
 
 fn fill(
@@ -210,22 +170,10 @@ fn shards_are_cut_between_tensors() {
     );
     assert_eq!(opened, dir.path().join("model.safetensors.index.json"));
     let checkpoint = Checkpoint::open_dir(dir.path(), &["model"]).unwrap();
-    assert_eq!(
-        (
-            checkpoint.len(),
-            checkpoint.bytes(),
-            checkpoint.files().len()
-        ),
-        (4, 42, 3)
-    );
+    assert_eq!((checkpoint.len(), checkpoint.bytes(), checkpoint.files().len()), (4, 42, 3));
     assert_eq!(checkpoint.metadata()["format"], "pt");
     assert!(
-        checkpoint
-            .tensor("c")
-            .unwrap()
-            .file()
-            .path()
-            .ends_with("model-00002-of-00003.safetensors")
+        checkpoint.tensor("c").unwrap().file().path().ends_with("model-00002-of-00003.safetensors")
     );
     assert_eq!(checkpoint.tensor("a").unwrap().bytes(), [0, 1, 2, 3, 4, 5]);
     let index: serde_json::Value = mmgp_io::read_json(&opened).unwrap();
@@ -236,11 +184,8 @@ fn shards_are_cut_between_tensors() {
         write_sharded(dir.path(), "model", &four(), 100, fill),
         Err(Error::Exists { .. })
     ));
-    let options = ShardOptions {
-        max_shard_bytes: 100,
-        metadata: BTreeMap::new(),
-        overwrite: Overwrite::Yes,
-    };
+    let options =
+        ShardOptions { max_shard_bytes: 100, metadata: BTreeMap::new(), overwrite: Overwrite::Yes };
     let single = write_sharded_with(dir.path(), "model", &four(), &options, fill).unwrap();
     assert_eq!(single, dir.path().join("model.safetensors"));
     assert!(!opened.exists());
@@ -251,27 +196,16 @@ fn shards_are_cut_between_tensors() {
 fn a_failing_shard_leaves_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let error = write_sharded(dir.path(), "model", &four(), 10, |spec, sink| {
-        if spec.name == "b" {
-            sink(&[1])
-        } else {
-            fill(spec, sink)
-        }
+        if spec.name == "b" { sink(&[1]) } else { fill(spec, sink) }
     });
-    says(
-        error.unwrap_err(),
-        &["model-00003-of-00003.safetensors", "tensor `b`", "1 bytes"],
-    );
+    says(error.unwrap_err(), &["model-00003-of-00003.safetensors", "tensor `b`", "1 bytes"]);
     assert!(names(dir.path()).is_empty());
     says(
         write_sharded(dir.path(), "../m", &four(), 10, fill).unwrap_err(),
         &["plain file name", "`../m`"],
     );
     write_sharded(dir.path(), "empty", &[], 10, fill).unwrap();
-    assert!(
-        Checkpoint::open_dir(dir.path(), &["empty"])
-            .unwrap()
-            .is_empty()
-    );
+    assert!(Checkpoint::open_dir(dir.path(), &["empty"]).unwrap().is_empty());
 }
 
 #[cfg(unix)]
@@ -281,10 +215,7 @@ fn files_are_readable_by_whom_the_umask_allows() {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join("plain"), "").unwrap();
     let path = dir.path().join("w.safetensors");
-    Writer::create(&path, &[], &BTreeMap::new(), Overwrite::No)
-        .unwrap()
-        .finish()
-        .unwrap();
+    Writer::create(&path, &[], &BTreeMap::new(), Overwrite::No).unwrap().finish().unwrap();
     let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode();
     assert_eq!(mode(&path), mode(&dir.path().join("plain")));
 }

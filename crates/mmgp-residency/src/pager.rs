@@ -101,8 +101,8 @@ struct SlotState {
 enum Phase {
     /// Nothing in it that is worth keeping.
     Empty,
-    /// A fetch of this block is under way; the memory is with the worker.
-    Filling(usize),
+    /// A fetch is under way; the memory is with the worker.
+    Filling,
     /// Holds this block, unbound. `used` tells whether it was leased since it was fetched.
     Ready { block: usize, used: bool },
     /// Holds this block, bound, for so many leases.
@@ -229,7 +229,7 @@ impl Pager {
     /// Gives back what a dropped model holds.
     pub(crate) fn remove(&self, model: usize) {
         let mut state = self.0.state.lock();
-        while state.models[model].slots.iter().any(|s| matches!(s.phase, Phase::Filling(_))) {
+        while state.models[model].slots.iter().any(|s| matches!(s.phase, Phase::Filling)) {
             self.0.changed.wait(&mut state);
         }
         state.release_all(model);
@@ -275,12 +275,13 @@ impl Pager {
                     });
                 }
                 Phase::Ready { block, used } if *block == at.block => break *used,
-                Phase::Failed(block, error) if *block == at.block => {
+                // A fetch ahead that failed long ago is tried again; one just waited for is told.
+                Phase::Failed(block, error) if *block == at.block && waiting.is_some() => {
                     let error = error.clone();
                     slot.phase = Phase::Empty;
                     return Err(error);
                 }
-                Phase::Filling(_) => {}
+                Phase::Filling => {}
                 Phase::Empty | Phase::Ready { .. } | Phase::Failed(..) => {
                     self.demand(&mut state, at)?;
                 }
@@ -329,8 +330,7 @@ impl Pager {
         if state.make_room(wanted, others) || state.make_room(wanted, all) {
             return self.start(state, at);
         }
-        if state.models.iter().flat_map(|m| &m.slots).any(|s| matches!(s.phase, Phase::Filling(_)))
-        {
+        if state.models.iter().flat_map(|m| &m.slots).any(|s| matches!(s.phase, Phase::Filling)) {
             return Ok(()); // what is being fetched can be given back once it is there
         }
         Err(Error::InUse {
@@ -385,14 +385,14 @@ impl Pager {
         };
         let model = &mut state.models[at.model];
         model.stats.read += image.stored;
-        model.slots[model.slot_of[at.block]].phase = Phase::Filling(at.block);
+        model.slots[model.slot_of[at.block]].phase = Phase::Filling;
         // Cannot fail: workers live as long as the sender does.
         let _ = self.0.jobs.send(Job { pager: self.0.clone(), at, memory, image });
         Ok(())
     }
 
     fn adopt(&self, state: &mut MutexGuard<'_, State>, plan: Plan) -> Result<Arc<Plan>> {
-        let filling = |s: &SlotState| matches!(s.phase, Phase::Filling(_));
+        let filling = |s: &SlotState| matches!(s.phase, Phase::Filling);
         while state.models.iter().flat_map(|m| &m.slots).any(filling) {
             self.0.changed.wait(state);
         }
