@@ -11,13 +11,12 @@ use std::{
 
 use candle_core::{DType, Device as Candle, Shape, Tensor};
 use candle_nn::{Init, VarBuilder, var_builder::SimpleBackend};
-use mmgp_io::{Checkpoint, Dtype};
+use mmgp_io::{Checkpoint, Dtype, TensorView};
 use mmgp_quant::{Form, Part, Source, Stored, Weights, join_parts};
 use parking_lot::Mutex;
 
 use crate::{
-    BlockImage, Error, ImageTensor, Paged, Pager, Result, Segment,
-    pager::NewBlock,
+    BlockImage, Error, ImageTensor, Paged, Pager, Result, Segment, pager::NewBlock,
     placeholder::placeholder,
 };
 
@@ -32,10 +31,23 @@ impl ModelBuilder {
     /// Starts a model called `name` (`transformer`, `text_encoder`, …) over the weights of
     /// `checkpoint`. Nothing is read.
     pub fn new(pager: &Pager, name: &str, checkpoint: Arc<Checkpoint>) -> Self {
+        Self::over(pager, name, Origin::Files(checkpoint))
+    }
+
+    /// A model of which only the shapes are known: every tensor that its constructor asks for is
+    /// taken to be stored as `dtype`. The [`Sketch`] lists them. Such a model can be planned (what
+    /// would it need?) but not run.
+    pub fn sketch(pager: &Pager, name: &str, dtype: Dtype) -> (Self, Sketch) {
+        let builder = Self::over(pager, name, Origin::Shapes(dtype));
+        let sketch = Sketch { shared: builder.shared.clone() };
+        (builder, sketch)
+    }
+
+    fn over(pager: &Pager, name: &str, origin: Origin) -> Self {
         let device = pager.device();
         let shared = Shared {
             model: name.to_string(),
-            checkpoint,
+            origin,
             device: device.candle().clone(),
             compute: device.compute_dtype(),
             pager: pager.clone(),
@@ -45,6 +57,7 @@ impl ModelBuilder {
                 asked: HashSet::new(),
                 last: None,
             }),
+            requested: Mutex::default(),
         };
         Self { pager: pager.clone(), shared: Arc::new(shared), ignored: Vec::new() }
     }
@@ -99,10 +112,13 @@ impl ModelBuilder {
                 ),
             });
         }
-        let unused = self
-            .shared
-            .checkpoint
+        let files = match &self.shared.origin {
+            Origin::Files(checkpoint) => Some(checkpoint),
+            Origin::Shapes(_) => None,
+        };
+        let unused = files
             .iter()
+            .flat_map(|checkpoint| checkpoint.iter())
             .map(|view| view.name())
             .filter(|name| !drafts.asked.contains(*name))
             .filter(|name| !self.ignored.iter().any(|prefix| name.starts_with(prefix)))
@@ -116,7 +132,8 @@ impl ModelBuilder {
                 tensors: draft.placeholders,
             })
             .collect();
-        let id = self.pager.add(self.shared.model.clone(), self.shared.checkpoint.bytes(), paged);
+        let disk = files.map_or(0, |checkpoint| checkpoint.bytes());
+        let id = self.pager.add(self.shared.model.clone(), disk, paged);
         Ok(Paged::new(self.pager, id, stem, blocks, unused))
     }
 
@@ -150,13 +167,51 @@ pub fn check_pageable<M>(
     })
 }
 
+/// What a model that was built from shapes asked for.
+pub struct Sketch {
+    shared: Arc<Shared>,
+}
+
+impl Sketch {
+    /// The stored tensors that the model reads, `(name, shape)` in the order of asking.
+    pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
+        self.shared.requested.lock().clone()
+    }
+}
+
+/// Where a model's tensors are.
+enum Origin {
+    Files(Arc<Checkpoint>),
+    /// Nowhere: any tensor exists in any shape, in this dtype.
+    Shapes(Dtype),
+}
+
+impl Origin {
+    fn view(&self, name: &str) -> Option<&TensorView> {
+        match self {
+            Origin::Files(checkpoint) => checkpoint.get(name),
+            Origin::Shapes(_) => None,
+        }
+    }
+
+    /// The file that holds `name`, for messages.
+    fn file_of(&self, name: &str) -> String {
+        match (self, self.view(name)) {
+            (_, Some(view)) => view.file().path().display().to_string(),
+            (Origin::Files(checkpoint), None) => checkpoint.path().display().to_string(),
+            (Origin::Shapes(_), None) => "sketch".into(),
+        }
+    }
+}
+
 struct Shared {
     model: String,
-    checkpoint: Arc<Checkpoint>,
+    origin: Origin,
     device: Candle,
     compute: DType,
     pager: Pager,
     drafts: Mutex<Drafts>,
+    requested: Mutex<Vec<(String, Vec<usize>)>>,
 }
 
 #[derive(Default)]
@@ -199,7 +254,7 @@ impl BlockSource {
                 _ if converts => dtypes.push(self.shared.compute),
                 _ => {
                     return Err(mmgp_quant::Error::Format {
-                        origin: self.file_of(&part.name),
+                        origin: self.shared.origin.file_of(&part.name),
                         name: part.name.clone(),
                         found: stored,
                         expected: "BF16, F16, F32 or F64",
@@ -213,24 +268,21 @@ impl BlockSource {
 
     /// The stored dtype of a part whose shape is right.
     fn expect(&self, part: &Part) -> mmgp_quant::Result<Dtype> {
-        let view = match self.shared.checkpoint.tensor(&part.name) {
-            Ok(view) => view,
-            Err(error) => return Err(mmgp_quant::Error::Invalid(error.to_string())),
+        let view = match &self.shared.origin {
+            Origin::Shapes(dtype) => return Ok(*dtype),
+            Origin::Files(checkpoint) => checkpoint
+                .tensor(&part.name)
+                .map_err(|error| mmgp_quant::Error::Invalid(error.to_string()))?,
         };
         if view.shape() != part.shape {
             return Err(mmgp_quant::Error::Shape {
-                origin: self.file_of(&part.name),
+                origin: self.shared.origin.file_of(&part.name),
                 name: part.name.clone(),
                 expected: part.shape.clone(),
                 found: view.shape().to_vec(),
             });
         }
         Ok(view.dtype())
-    }
-
-    fn file_of(&self, name: &str) -> String {
-        let path = self.shared.checkpoint.get(name).map(|view| view.file().path().to_path_buf());
-        path.unwrap_or_else(|| self.shared.checkpoint.path().to_path_buf()).display().to_string()
     }
 
     fn request(&self, parts: &[Part], dtype: DType) -> mmgp_quant::Result<Tensor> {
@@ -253,7 +305,8 @@ impl BlockSource {
         let mut segments = Vec::with_capacity(parts.len());
         for part in parts {
             self.expect(part)?;
-            if let Some(view) = self.shared.checkpoint.get(&part.name) {
+            self.shared.requested.lock().push((part.name.clone(), part.shape.clone()));
+            if let Some(view) = self.shared.origin.view(&part.name) {
                 segments.push(Segment { source: view.clone(), element });
                 element += view.elements() as usize;
             }
@@ -271,12 +324,12 @@ impl BlockSource {
 
 impl Source for BlockSource {
     fn stored(&self, name: &str) -> Option<Stored> {
-        let view = self.shared.checkpoint.get(name)?;
-        Some(Stored {
-            dtype: view.dtype(),
-            shape: view.shape().to_vec(),
-            origin: view.file().path().display().to_string(),
-        })
+        let (dtype, shape) = match (&self.shared.origin, self.shared.origin.view(name)) {
+            (_, Some(view)) => (view.dtype(), view.shape().to_vec()),
+            (Origin::Shapes(dtype), None) => (*dtype, Vec::new()),
+            (Origin::Files(_), None) => return None,
+        };
+        Some(Stored { dtype, shape, origin: self.shared.origin.file_of(name) })
     }
 
     fn tensor(&self, parts: &[Part], form: Form) -> mmgp_quant::Result<Tensor> {
@@ -300,7 +353,7 @@ impl Source for BlockSource {
     }
 
     fn origin(&self) -> String {
-        self.shared.checkpoint.path().display().to_string()
+        self.shared.origin.file_of("")
     }
 }
 
@@ -318,12 +371,14 @@ impl SimpleBackend for BlockSource {
     }
 
     fn get_unchecked(&self, name: &str, dtype: DType, _: &Candle) -> candle_core::Result<Tensor> {
-        let view = self.shared.checkpoint.tensor(name).map_err(candle_core::Error::wrap)?;
+        let Some(view) = self.shared.origin.view(name) else {
+            candle_core::bail!("{}: tensor `{name}` is missing", self.shared.origin.file_of(name));
+        };
         let part = Part { name: name.to_string(), shape: view.shape().to_vec() };
         self.request(&[part], dtype).map_err(candle_core::Error::wrap)
     }
 
     fn contains_tensor(&self, name: &str) -> bool {
-        self.shared.checkpoint.contains(name)
+        self.stored(name).is_some()
     }
 }

@@ -45,9 +45,13 @@ mod tests {
 
     #[test]
     fn units_are_decimal_unless_they_say_otherwise() {
-        for (text, bytes) in
-            [("6MB", 6_000_000), ("1.5 GB", 1_500_000_000), ("512MiB", 512 << 20), ("12", 12), ("3k", 3000)]
-        {
+        for (text, bytes) in [
+            ("6MB", 6_000_000),
+            ("1.5 GB", 1_500_000_000),
+            ("512MiB", 512 << 20),
+            ("12", 12),
+            ("3k", 3000),
+        ] {
             assert_eq!(Bytes::parse(text), Some(Bytes(bytes)), "{text}");
         }
         for text in ["", "MB", "6 apples", "1.2.3MB", "-5MB", "1e30GB", "nan"] {

@@ -32,7 +32,9 @@ pub enum Error {
         minimum: Bytes,
     },
     /// A budget that is no budget.
-    #[error("`{0}` is no budget: give bytes (`6MB`, `1.5GB`, `512MiB`), a share of the weights (`25%`), `min`, `unlimited` or `auto`")]
+    #[error(
+        "`{0}` is no budget: give bytes (`6MB`, `1.5GB`, `512MiB`), a share of the weights (`25%`), `min`, `unlimited` or `auto`"
+    )]
     BudgetSyntax(String),
     /// Weights of several models are in use at the same moment and do not fit together.
     #[error(

@@ -54,7 +54,7 @@ mod placeholder;
 mod plan;
 mod report;
 
-pub use builder::{ModelBuilder, check_pageable};
+pub use builder::{ModelBuilder, Sketch, check_pageable};
 pub use bytes::Bytes;
 pub use device::{Device, Host, Slot};
 pub use error::{Error, Result};

@@ -20,9 +20,8 @@ use crossbeam_channel::{Receiver, Sender};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use crate::{
-    BlockImage, Budget, Budgets, Bytes, Device, Error, Host, ModelReport, Plan, Report, Result, Slot,
-    order::Order,
-    plan::ModelSizes,
+    BlockImage, Budget, Budgets, Bytes, Device, Error, Host, ModelReport, Plan, Report, Result,
+    Slot, order::Order, plan::ModelSizes,
 };
 
 /// Threads that fetch blocks: one fetches ahead, one is there when that was the wrong one.
@@ -102,8 +101,8 @@ struct SlotState {
 enum Phase {
     /// Nothing in it that is worth keeping.
     Empty,
-    /// A fetch of this block is under way; the memory is with the worker.
-    Filling(usize),
+    /// A fetch is under way; the memory is with the worker.
+    Filling,
     /// Holds this block, unbound. `used` tells whether it was leased since it was fetched.
     Ready { block: usize, used: bool },
     /// Holds this block, bound, for so many leases.
@@ -195,7 +194,9 @@ impl Pager {
             disk: Bytes(m.disk),
             weights: Bytes(m.blocks.iter().map(|b| b.image.bytes).sum()),
             form: form(&m.blocks),
-            limit: Bytes(state.plan.as_ref().and_then(|p| p.models.get(at)).map_or(u64::MAX, |p| p.limit.0)),
+            limit: Bytes(
+                state.plan.as_ref().and_then(|p| p.models.get(at)).map_or(u64::MAX, |p| p.limit.0),
+            ),
             peak: Bytes(m.stats.peak),
             read: Bytes(m.stats.read),
             visits: m.stats.visits,
@@ -228,7 +229,7 @@ impl Pager {
     /// Gives back what a dropped model holds.
     pub(crate) fn remove(&self, model: usize) {
         let mut state = self.0.state.lock();
-        while state.models[model].slots.iter().any(|s| matches!(s.phase, Phase::Filling(_))) {
+        while state.models[model].slots.iter().any(|s| matches!(s.phase, Phase::Filling)) {
             self.0.changed.wait(&mut state);
         }
         state.release_all(model);
@@ -274,12 +275,13 @@ impl Pager {
                     });
                 }
                 Phase::Ready { block, used } if *block == at.block => break *used,
-                Phase::Failed(block, error) if *block == at.block => {
+                // A fetch ahead that failed long ago is tried again; one just waited for is told.
+                Phase::Failed(block, error) if *block == at.block && waiting.is_some() => {
                     let error = error.clone();
                     slot.phase = Phase::Empty;
                     return Err(error);
                 }
-                Phase::Filling(_) => {}
+                Phase::Filling => {}
                 Phase::Empty | Phase::Ready { .. } | Phase::Failed(..) => {
                     self.demand(&mut state, at)?;
                 }
@@ -328,7 +330,7 @@ impl Pager {
         if state.make_room(wanted, others) || state.make_room(wanted, all) {
             return self.start(state, at);
         }
-        if state.models.iter().flat_map(|m| &m.slots).any(|s| matches!(s.phase, Phase::Filling(_))) {
+        if state.models.iter().flat_map(|m| &m.slots).any(|s| matches!(s.phase, Phase::Filling)) {
             return Ok(()); // what is being fetched can be given back once it is there
         }
         Err(Error::InUse {
@@ -346,7 +348,8 @@ impl Pager {
         for next in state.upcoming(now) {
             let slot = state.slot_mut(next);
             match slot.phase {
-                Phase::Ready { block, .. } | Phase::Leased { block, .. } if block == next.block => {}
+                Phase::Ready { block, .. } | Phase::Leased { block, .. } if block == next.block => {
+                }
                 Phase::Empty | Phase::Ready { .. } => {
                     let room = state.missing(next);
                     let done = |state: &State, m: usize, slot: usize| {
@@ -382,14 +385,14 @@ impl Pager {
         };
         let model = &mut state.models[at.model];
         model.stats.read += image.stored;
-        model.slots[model.slot_of[at.block]].phase = Phase::Filling(at.block);
+        model.slots[model.slot_of[at.block]].phase = Phase::Filling;
         // Cannot fail: workers live as long as the sender does.
         let _ = self.0.jobs.send(Job { pager: self.0.clone(), at, memory, image });
         Ok(())
     }
 
     fn adopt(&self, state: &mut MutexGuard<'_, State>, plan: Plan) -> Result<Arc<Plan>> {
-        let filling = |s: &SlotState| matches!(s.phase, Phase::Filling(_));
+        let filling = |s: &SlotState| matches!(s.phase, Phase::Filling);
         while state.models.iter().flat_map(|m| &m.slots).any(filling) {
             self.0.changed.wait(state);
         }

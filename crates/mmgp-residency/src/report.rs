@@ -47,7 +47,16 @@ impl fmt::Display for Report {
         writeln!(
             f,
             "{:<18}{:>10}{:>10}  {:<10}{:>10}{:>10}{:>10}{:>8}{:>7}{:>10}",
-            "model", "on disk", "in slots", "form", "budget", "held", "read", "visits", "hits", "stalled"
+            "model",
+            "on disk",
+            "in slots",
+            "form",
+            "budget",
+            "held",
+            "read",
+            "visits",
+            "hits",
+            "stalled"
         )?;
         for m in &self.models {
             let limit = limit(m.limit);

@@ -70,7 +70,9 @@ impl Device for Host {
         let number = |path: &str| read(path).trim().parse::<u64>().ok();
         let machine = read("/proc/meminfo")
             .lines()
-            .find_map(|line| line.strip_prefix("MemAvailable:")?.split_whitespace().next()?.parse().ok())
+            .find_map(|line| {
+                line.strip_prefix("MemAvailable:")?.split_whitespace().next()?.parse().ok()
+            })
             .map_or(u64::MAX, |kib: u64| kib * 1024);
         let group = |limit: &str, used: &str| Some(number(limit)?.saturating_sub(number(used)?));
         let v2 = group("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current");

@@ -1,0 +1,119 @@
+//! Contracts 1 and 2: any budget gives the bits of the resident run, and no budget is exceeded.
+#![allow(clippy::unwrap_used)]
+
+use candle_core::Device;
+use mmgp_residency::{Budget, Budgets, Bytes, Pager};
+
+mod common;
+use common::{build, run, write};
+
+#[test]
+fn every_budget_gives_the_same_bits_and_is_kept() {
+    let dir = tempfile::tempdir().unwrap();
+    let (a, b) = (dir.path().join("a.safetensors"), dir.path().join("b.safetensors"));
+    write(&a, 7, 1);
+    write(&b, 4, 2);
+    let pager = Pager::new(&Device::Cpu).unwrap();
+    let (tower, other) = (build(&pager, "a", &a, 7), build(&pager, "b", &b, 4));
+    let plan = pager.plan(Budget::Unlimited).unwrap();
+    let (minimum, weights) = (plan.minimum.0, plan.weights.0);
+    let expected = (run(&tower).unwrap(), run(&other).unwrap());
+    let read = pager.report().models[0].read;
+    assert_eq!(run(&tower).unwrap(), expected.0);
+    assert_eq!(pager.report().models[0].read, read, "nothing is read twice without a budget");
+
+    let step = (weights - minimum) / 9;
+    for budget in (0..=10).map(|i| minimum + i * step) {
+        pager.plan(Budget::Bytes(Bytes(budget))).unwrap();
+        for _ in 0..3 {
+            pager.begin_run();
+            assert_eq!(run(&other).unwrap(), expected.1, "budget {budget}");
+            for _ in 0..4 {
+                assert_eq!(run(&tower).unwrap(), expected.0, "budget {budget}");
+            }
+        }
+    }
+    let report = pager.report();
+    assert!(report.models.iter().all(|m| m.visits > 0 && m.hits > 0));
+}
+
+#[test]
+fn what_is_held_stays_below_the_budget() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.safetensors");
+    write(&path, 9, 3);
+    for extra in [0, 1, 3000, 9000] {
+        // A pager each: peaks are those of its whole life.
+        let pager = Pager::new(&Device::Cpu).unwrap();
+        let (tower, other) = (build(&pager, "a", &path, 9), build(&pager, "b", &path, 9));
+        let minimum = pager.plan(Budget::Min).unwrap().minimum;
+        let budget = Bytes(minimum.0 + extra);
+        pager.plan(budget_of(budget)).unwrap();
+        for _ in 0..3 {
+            run(&tower).unwrap();
+            run(&other).unwrap();
+        }
+        let report = pager.report();
+        assert!(report.peak <= budget, "{} > {budget}", report.peak);
+        assert!(report.peak > Bytes(0) && report.budget == budget);
+    }
+}
+
+fn budget_of(bytes: Bytes) -> Budgets {
+    Budget::Bytes(bytes).into()
+}
+
+#[test]
+fn fetching_ahead_is_learned_across_passes_and_models() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.safetensors");
+    write(&path, 6, 3);
+    let pager = Pager::new(&Device::Cpu).unwrap();
+    let (first, second) = (build(&pager, "first", &path, 6), build(&pager, "second", &path, 6));
+    pager.plan(Budget::Percent(30.)).unwrap();
+    for _ in 0..3 {
+        pager.begin_run();
+        run(&first).unwrap();
+        run(&second).unwrap();
+        run(&second).unwrap();
+    }
+    assert_eq!(pager.report().deviations, 0);
+    pager.begin_run();
+    run(&second).unwrap();
+    assert_eq!(pager.report().deviations, 1);
+}
+
+#[test]
+fn models_used_inside_each_other_share_the_budget_or_say_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.safetensors");
+    write(&path, 4, 3);
+    let pager = Pager::new(&Device::Cpu).unwrap();
+    let (outer, inner) = (build(&pager, "outer", &path, 4), build(&pager, "inner", &path, 4));
+    pager.plan(Budget::Unlimited).unwrap();
+    let expected = run(&inner).unwrap();
+    pager.plan(Budget::Min).unwrap();
+    let pass = outer.pass().unwrap();
+    let error = run(&inner).unwrap_err().to_string();
+    assert!(error.contains("`inner`") && error.contains("in use"), "{error}");
+    drop(pass);
+    assert_eq!(run(&inner).unwrap(), expected);
+}
+
+#[test]
+fn a_dropped_model_gives_its_memory_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.safetensors");
+    write(&path, 4, 3);
+    let pager = Pager::new(&Device::Cpu).unwrap();
+    let keep = build(&pager, "keep", &path, 4);
+    let gone = build(&pager, "gone", &path, 4);
+    pager.plan(Budget::Percent(50.)).unwrap();
+    let expected = run(&keep).unwrap();
+    run(&gone).unwrap();
+    drop(gone);
+    assert_eq!(run(&keep).unwrap(), expected);
+    let late = build(&pager, "late", &path, 4); // planned anew, within the same budget
+    assert_eq!(run(&late).unwrap(), expected);
+    assert_eq!(run(&keep).unwrap(), expected);
+}
