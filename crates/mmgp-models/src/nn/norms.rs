@@ -308,7 +308,7 @@ mod tests {
     fn near(a: &Tensor, b: &Tensor) -> Result<()> {
         assert_eq!(a.dims(), b.dims());
         let worst = (a - b)?.abs()?.max_all()?.to_scalar::<f32>()?;
-        assert!(worst < 3e-6, "{worst}");
+        assert!(worst < 2e-5, "{worst}"); // of values up to 20
         Ok(())
     }
 
