@@ -15,7 +15,7 @@ pub fn torch_normal(seed: u64, len: usize) -> Vec<f32> {
     let mut uniform = || (engine.next() & 0x00ff_ffff) as f32 / (1 << 24) as f32;
     let mut values: Vec<f32> = (0..len).map(|_| uniform()).collect();
     values.chunks_exact_mut(16).for_each(box_muller);
-    if len % 16 != 0 {
+    if !len.is_multiple_of(16) {
         let last = &mut values[len - 16..];
         last.fill_with(uniform);
         box_muller(last);

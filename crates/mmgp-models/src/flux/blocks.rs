@@ -1,4 +1,7 @@
-//! The two kinds of block of a FLUX transformer. A block is a pure function of what it is given.
+//! The two kinds of block of a FLUX transformer.
+//!
+//! A block is a pure function of what it is given, so that it can run again when memory had to be
+//! given back. Projections of one input are one product; what stands between products is in `nn`.
 
 use candle_core::{Result, Tensor};
 use mmgp_quant::{Bias, Linear, Weights};

@@ -1,4 +1,7 @@
 //! The config of a FLUX transformer, as diffusers' `FluxTransformer2DModel` saves it.
+//!
+//! Published configs leave keys out (FLUX.1-schnell has no `axes_dims_rope`), so every key has its
+//! default; every value is bounded before anything is computed from it.
 
 use std::path::{Path, PathBuf};
 

@@ -1,4 +1,6 @@
 //! Latents as tokens: FLUX sees squares of 2 × 2 latent pixels, each a token with a position.
+//!
+//! Positions have three axes: one that is 0 for pictures and text alike, then row and column.
 
 use candle_core::{Device, Result, Tensor};
 

@@ -44,7 +44,7 @@ pub struct FluxTransformer {
 }
 
 enum Block {
-    Double(DoubleBlock),
+    Double(Box<DoubleBlock>),
     Single(SingleBlock),
 }
 
@@ -59,7 +59,7 @@ impl FluxTransformer {
         let mut blocks = Vec::new();
         for i in 0..config.num_layers {
             let weights = builder.block(&format!("transformer_blocks.{i}"));
-            blocks.push(Block::Double(DoubleBlock::new(config, &weights)?));
+            blocks.push(Block::Double(Box::new(DoubleBlock::new(config, &weights)?)));
         }
         for i in 0..config.num_single_layers {
             let weights = builder.block(&format!("single_transformer_blocks.{i}"));

@@ -1,4 +1,7 @@
 //! Activation functions, elementwise.
+//!
+//! Those with an exponential have a kernel of their own on the CPU, where the tensor library's run
+//! on one thread; the others are the tensor library's.
 
 use candle_core::{D, DType, Result, Tensor};
 

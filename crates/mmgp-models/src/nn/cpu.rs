@@ -1,4 +1,7 @@
 //! Reaching f32 data on the CPU from safe code, and the exponential that all kernels share.
+//!
+//! A kernel reads contiguous values under a guard and writes a fresh `Vec` that becomes a tensor
+//! without a copy. Rows are the unit of work, so that no bit depends on the number of threads.
 
 use candle_core::{CpuStorage, Device, InplaceOp1, Layout, Result, Shape, Storage, Tensor};
 use rayon::prelude::*;

@@ -1,4 +1,6 @@
 //! Embeddings of scalars: the sinusoids of a timestep, and the two-layer perceptrons behind them.
+//!
+//! Scalars are few, so the sinusoids are computed on the host whatever the device.
 
 use candle_core::{DType, Result, Tensor};
 use mmgp_quant::{Bias, Linear, Weights};
@@ -13,7 +15,7 @@ use crate::nn::Activation;
 /// # Errors
 /// A tensor that is not one-dimensional; an odd width.
 pub fn timestep_embedding(t: &Tensor, width: usize) -> Result<Tensor> {
-    if width % 2 != 0 {
+    if !width.is_multiple_of(2) {
         candle_core::bail!("timestep embedding of odd width {width}");
     }
     let half = width / 2;

@@ -206,7 +206,7 @@ impl GroupNorm {
     /// # Errors
     /// Another number of channels; weights that are not leased.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.run(x, |v| v, |y| Ok(y))
+        self.run(x, |v| v, Ok)
     }
 
     /// The same with SiLU behind it, in one pass: `[batch, channels, …]` to the same shape.

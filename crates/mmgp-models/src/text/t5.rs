@@ -93,7 +93,7 @@ impl T5Config {
         let buckets = self.relative_attention_num_buckets;
         let key = "relative_attention_num_buckets";
         check.range(key, buckets, 4..=4096)?;
-        check.that(buckets % 2 == 0, key, "an even number", buckets)?;
+        check.that(buckets.is_multiple_of(2), key, "an even number", buckets)?;
         // Below, the logarithm that spreads far positions over buckets has no range.
         let distance = self.relative_attention_max_distance;
         check.range("relative_attention_max_distance", distance, buckets / 4 + 1..=(1 << 20))?;
