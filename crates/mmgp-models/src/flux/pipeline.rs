@@ -13,13 +13,13 @@ use crate::{
     Defaults, Error, Event, ModelIndex, Picture, Pipeline, Recipe, Request, Result,
     flux::{FluxConfig, FluxInputs, FluxTransformer, latents},
     noise::torch_normal,
-    schedulers::flow_match_euler::{FlowMatchEuler, FlowMatchEulerConfig},
+    schedulers::flow_match_euler::{self, FlowMatchConfig, FlowMatchEuler, linspace_sigmas},
     text::{
-        clip::{ClipConfig, ClipText},
+        clip::{ClipConfig, ClipText, Projection},
         t5::{T5Config, T5Encoder},
         tokenizer::Tokenizer,
     },
-    vae::kl::{VaeConfig, VaeDecoder, VaeEncoder},
+    vae::kl::{KlConfig, KlDecoder, KlEncoder},
 };
 
 /// Prompts whose embeddings are kept.
@@ -36,11 +36,12 @@ pub struct FluxPipeline {
     clip: ClipText,
     t5: T5Encoder,
     transformer: FluxTransformer,
-    decoder: VaeDecoder,
-    encoder: VaeEncoder,
-    scheduler: FlowMatchEulerConfig,
+    decoder: KlDecoder,
+    /// Not run here: it is in the folder, so it counts where a budget is a share of all weights.
+    _encoder: KlEncoder,
+    scheduler: FlowMatchEuler,
     config: FluxConfig,
-    vae: VaeConfig,
+    vae: KlConfig,
     defaults: Defaults,
     device: Device,
     kept: Vec<Encoded>,
@@ -69,11 +70,10 @@ impl FluxPipeline {
 
         let part = |name: &str| dir.join(name).join("config.json");
         let config = FluxConfig::from_file(part("transformer"))?;
-        let vae = VaeConfig::from_file(part("vae"))?;
+        let vae = KlConfig::from_file(part("vae"))?;
         let clip = ClipConfig::from_file(part("text_encoder"))?;
         let t5 = T5Config::from_file(part("text_encoder_2"))?;
-        let scheduler =
-            FlowMatchEulerConfig::from_file(dir.join("scheduler/scheduler_config.json"))?;
+        let scheduler = FlowMatchConfig::from_file(dir.join("scheduler/scheduler_config.json"))?;
         let fits = |file: &str, key: &str, expected: String, found: usize| match expected
             == found.to_string()
         {
@@ -107,18 +107,18 @@ impl FluxPipeline {
             budget: None,
         };
         Ok(Self {
-            tokenizer: Tokenizer::open(&dir.join("tokenizer"))?,
-            tokenizer_2: Tokenizer::open(&dir.join("tokenizer_2"))?,
-            clip: ClipText::new(&clip, builder("text_encoder", open("text_encoder", &encoder_files)?))?,
+            tokenizer: Tokenizer::open_dir(dir.join("tokenizer"))?,
+            tokenizer_2: Tokenizer::open_dir(dir.join("tokenizer_2"))?,
+            clip: ClipText::new(&clip, Projection::No, builder("text_encoder", open("text_encoder", &encoder_files)?))?,
             t5: T5Encoder::new(&t5, builder("text_encoder_2", open("text_encoder_2", &encoder_files)?))?,
             transformer: FluxTransformer::new(
                 &config,
                 builder("transformer", open("transformer", &model_files)?),
             )?,
-            decoder: VaeDecoder::new(&vae, builder("vae", vae_files.clone()))?,
-            encoder: VaeEncoder::new(&vae, builder("vae.encoder", vae_files))?,
+            decoder: KlDecoder::new(&vae, builder("vae", vae_files.clone()))?,
+            _encoder: KlEncoder::new(&vae, builder("vae.encoder", vae_files))?,
             defaults: defaults.overridden_by(dir)?,
-            scheduler,
+            scheduler: FlowMatchEuler::new(scheduler)?,
             config,
             vae,
             device: pager.device().candle().clone(),
@@ -145,7 +145,7 @@ impl FluxPipeline {
             }
             Ok(Tensor::from_vec(encoding.ids, (1, length), &self.device)?)
         };
-        let short = ids(&self.tokenizer, "text_encoder", self.clip.max_length())?;
+        let short = ids(&self.tokenizer, "text_encoder", self.clip.context())?;
         let long = ids(&self.tokenizer_2, "text_encoder_2", tokens)?;
         let pooled = self.clip.forward(&short)?.pooled;
         let states = self.t5.forward(&long, None)?;
@@ -174,10 +174,16 @@ impl FluxPipeline {
             true => Some(Tensor::new(&[request.guidance as f32], &self.device)?),
             false => None,
         };
-        let schedule = FlowMatchEuler::for_flux(&self.scheduler, request.steps, rows * columns)?;
-        for step in 0..request.steps {
-            tell(Event::Step { index: step, of: request.steps });
-            let timestep = Tensor::new(&[schedule.timesteps()[step] / 1000.], &self.device)?;
+        let sigmas = linspace_sigmas(request.steps);
+        let mu = self.scheduler.config().mu(rows * columns);
+        let schedule = self.scheduler.schedule(&flow_match_euler::Request {
+            sigmas: Some(&sigmas),
+            mu: Some(mu),
+            ..Default::default()
+        })?;
+        for step in 0..schedule.len() {
+            tell(Event::Step { index: step, of: schedule.len() });
+            let timestep = Tensor::new(&[schedule.timesteps()[step] / 1000f32], &self.device)?;
             let velocity = self.transformer.forward(&FluxInputs {
                 hidden_states: &x,
                 encoder_hidden_states: &prompt.states,
@@ -248,8 +254,8 @@ impl Pipeline for FluxPipeline {
             return wrong("steps 0: expected at least 1".into());
         }
         let tokens = request.max_sequence_length;
-        if !(1..=LONGEST).contains(&tokens) {
-            return wrong(format!("max sequence length {tokens}: expected 1 to {LONGEST} tokens"));
+        if !(2..=LONGEST).contains(&tokens) {
+            return wrong(format!("max_sequence_length {tokens}: expected 2 to {LONGEST} tokens"));
         }
         if !request.guidance.is_finite() {
             return wrong(format!("guidance {}: expected a number", request.guidance));
