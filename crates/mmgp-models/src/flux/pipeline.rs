@@ -62,31 +62,35 @@ impl FluxPipeline {
     /// # Errors
     /// Anything in the folder that is missing, malformed, of another class, or does not fit the rest.
     pub fn open(dir: &Path, index: &ModelIndex, pager: &Pager) -> Result<Self> {
-        index.expect("transformer", &["FluxTransformer2DModel"])?;
-        index.expect("vae", &["AutoencoderKL"])?;
-        index.expect("text_encoder", &["CLIPTextModel"])?;
-        index.expect("text_encoder_2", &["T5EncoderModel"])?;
-        index.expect("scheduler", &["FlowMatchEulerDiscreteScheduler"])?;
-
-        let part = |name: &str| dir.join(name).join("config.json");
-        let config = FluxConfig::from_file(part("transformer"))?;
-        let vae = KlConfig::from_file(part("vae"))?;
-        let clip = ClipConfig::from_file(part("text_encoder"))?;
-        let t5 = T5Config::from_file(part("text_encoder_2"))?;
-        let scheduler = FlowMatchConfig::from_file(dir.join("scheduler/scheduler_config.json"))?;
+        let part = |name: &str, class: &str| index.part(name, "config.json", &[class]);
+        let config = FluxConfig::from_file(part("transformer", "FluxTransformer2DModel")?)?;
+        let vae = KlConfig::from_file(part("vae", "AutoencoderKL")?)?;
+        let clip = ClipConfig::from_file(part("text_encoder", "CLIPTextModel")?)?;
+        let t5 = T5Config::from_file(part("text_encoder_2", "T5EncoderModel")?)?;
+        let scheduler = index.part(
+            "scheduler",
+            "scheduler_config.json",
+            &["FlowMatchEulerDiscreteScheduler"],
+        )?;
+        let scheduler = FlowMatchConfig::from_file(scheduler)?;
         let fits = |file: &str, key: &str, expected: String, found: usize| match expected
             == found.to_string()
         {
             true => Ok(()),
             false => Err(Error::Config {
-                file: part(file),
+                file: dir.join(file).join("config.json"),
                 key: key.into(),
                 expected,
                 found: found.to_string(),
             }),
         };
         fits("text_encoder_2", "d_model", config.joint_attention_dim.to_string(), t5.d_model)?;
-        fits("text_encoder", "hidden_size", config.pooled_projection_dim.to_string(), clip.hidden_size)?;
+        fits(
+            "text_encoder",
+            "hidden_size",
+            config.pooled_projection_dim.to_string(),
+            clip.hidden_size,
+        )?;
         fits("vae", "latent_channels", (config.in_channels / 4).to_string(), vae.latent_channels)?;
 
         let open = |name: &str, stems: &[&str]| -> Result<Arc<Checkpoint>> {
@@ -94,8 +98,7 @@ impl FluxPipeline {
         };
         let encoder_files = ["model", "diffusion_pytorch_model"];
         let model_files = ["diffusion_pytorch_model", "model"];
-        let builder =
-            |name: &str, files: Arc<Checkpoint>| ModelBuilder::new(pager, name, files);
+        let builder = |name: &str, files: Arc<Checkpoint>| ModelBuilder::new(pager, name, files);
         let vae_files = open("vae", &model_files)?;
         let dev = config.guidance_embeds;
         let defaults = Defaults {
@@ -109,8 +112,15 @@ impl FluxPipeline {
         Ok(Self {
             tokenizer: Tokenizer::open_dir(dir.join("tokenizer"))?,
             tokenizer_2: Tokenizer::open_dir(dir.join("tokenizer_2"))?,
-            clip: ClipText::new(&clip, Projection::No, builder("text_encoder", open("text_encoder", &encoder_files)?))?,
-            t5: T5Encoder::new(&t5, builder("text_encoder_2", open("text_encoder_2", &encoder_files)?))?,
+            clip: ClipText::new(
+                &clip,
+                Projection::No,
+                builder("text_encoder", open("text_encoder", &encoder_files)?),
+            )?,
+            t5: T5Encoder::new(
+                &t5,
+                builder("text_encoder_2", open("text_encoder_2", &encoder_files)?),
+            )?,
             transformer: FluxTransformer::new(
                 &config,
                 builder("transformer", open("transformer", &model_files)?),
