@@ -52,7 +52,7 @@ fn pictures_are_numbered_and_seeds_count_up() {
     let names: Vec<_> =
         pictures(dir.path()).iter().map(|p| p.file_name().unwrap().to_owned()).collect();
     assert_eq!(names, ["red-heart-2.png", "red-heart.png"]);
-    let again = mmgp(dir.path(), &["generate", "red heart", "--steps", "1", "--seed", "6"]);
+    let again = mmgp(dir.path(), &["generate", "Red heart!", "--steps", "1", "--seed", "6"]);
     assert!(
         again.stdout.contains("red-heart-3.png") && again.stdout.contains(hashes[1]),
         "{}",
@@ -152,4 +152,24 @@ fn real_folders_differ_and_give_the_same_latents() {
     }
     writer.finish().unwrap();
     assert_eq!(latents(&root), expected);
+}
+
+#[test]
+fn ctrl_c_stops_at_the_next_block_and_leaves_nothing() {
+    use std::process::{Command, Stdio};
+    let dir = tempfile::tempdir().unwrap();
+    let mut child = Command::new(env!("CARGO_BIN_EXE_mmgp"))
+        .args(["generate", "red heart", "--steps", "10000"])
+        .current_dir(dir.path())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    std::thread::sleep(std::time::Duration::from_millis(700));
+    let killed = Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    assert!(killed.success());
+    let mut stderr = String::new();
+    std::io::Read::read_to_string(&mut child.stderr.take().unwrap(), &mut stderr).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(130), "{stderr}");
+    assert!(stderr.contains("cancelled"), "{stderr}");
+    assert!(pictures(dir.path()).is_empty());
 }
