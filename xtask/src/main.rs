@@ -4,6 +4,7 @@
 //! package of its own and is run from here, so that this one builds in seconds.
 #![forbid(unsafe_code)]
 
+mod bench;
 mod ci;
 mod step;
 
@@ -20,10 +21,13 @@ struct Cli {
 enum Chore {
     /// Everything that CI checks, in one command.
     Ci(ci::Args),
+    /// The benches, and one table of ratios, written to target/bench/ratios.md
+    Bench,
 }
 
 fn main() -> anyhow::Result<()> {
     match Cli::parse().chore {
         Chore::Ci(args) => ci::run(&args),
+        Chore::Bench => bench::run(),
     }
 }
