@@ -1,1 +1,47 @@
-//! placeholder
+//! Running generative models that are larger than the machine.
+//!
+//! The facade over the crates below it: [`Offload`] names a device and a budget, loads a pipeline or
+//! single models under names, and runs them as if everything were resident.
+//!
+//! ```no_run
+//! use mmgp::{Budget, Offload};
+//!
+//! # fn main() -> mmgp::Result<()> {
+//! let offload = Offload::builder().budget(Budget::Percent(25.)).build()?;
+//! let mut pipeline = offload.pipeline("assets/tiny-flux")?;
+//! println!("{}", offload.plan()?); // made from headers alone, nothing is loaded yet
+//! let request = pipeline.defaults().request("red heart");
+//! let picture = pipeline.generate(&request, &mut |_| ())?;
+//! mmgp::write_png("red-heart.png".as_ref(), &picture, &[])?;
+//! println!("{}", offload.report());
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! Unmodified candle modules are paged whole:
+//!
+//! ```no_run
+//! use candle_core::{DType, Device, Tensor};
+//! use candle_nn::{Module, linear};
+//! use mmgp::Offload;
+//!
+//! # fn main() -> mmgp::Result<()> {
+//! let offload = Offload::builder().build()?;
+//! let layer = offload.module("layer", "layer.safetensors", DType::F32, |vb| linear(4, 4, vb))?;
+//! let x = Tensor::zeros((1, 4), DType::F32, &Device::Cpu)?;
+//! let y = layer.run(|layer| layer.forward(&x))?;
+//! # Ok(())
+//! # }
+//! ```
+
+#![forbid(unsafe_code)]
+
+mod error;
+mod offload;
+mod picture;
+
+pub use error::{Error, Result};
+pub use mmgp_models::{Defaults, Event, Picture, Pipeline, Recipe, Request};
+pub use mmgp_residency::{Budget, Budgets, Bytes, Plan, Report, process_peak};
+pub use offload::{Module, Offload, OffloadBuilder};
+pub use picture::{Names, write_png};

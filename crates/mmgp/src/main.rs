@@ -1,2 +1,52 @@
-//! The command.
-fn main() {}
+//! The `mmgp` command. Each subcommand is one file under `commands/`.
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+mod commands;
+
+/// Runs generative models that are larger than the machine.
+///
+/// Weights are paged: of a model only the blocks that the memory budget has room for are in memory
+/// at once, the next one is fetched while one computes. Results do not depend on the budget.
+#[derive(Parser)]
+#[command(version, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Generate(commands::generate::Args),
+}
+
+fn main() -> ExitCode {
+    // SAFETY: no other thread runs yet, so nothing reads the environment at the same time.
+    // candle puts backtraces into the text of its errors, which is for users here.
+    unsafe { std::env::set_var("RUST_LIB_BACKTRACE", "0") };
+    tracing_subscriber::fmt()
+        .with_env_filter(
+            tracing_subscriber::EnvFilter::builder()
+                .with_default_directive(tracing::Level::WARN.into())
+                .from_env_lossy(),
+        )
+        .with_writer(std::io::stderr)
+        .without_time()
+        .init();
+    let result = match Cli::parse().command {
+        Command::Generate(args) => commands::generate::run(&args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) if error.downcast_ref().is_some_and(mmgp::Error::is_cancelled) => {
+            eprintln!("cancelled; nothing was written");
+            ExitCode::from(130)
+        }
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,156 @@
+//! Activation functions, elementwise.
+
+use candle_core::{D, DType, Result, Tensor};
+
+use crate::nn::cpu;
+
+/// An activation function, by the names that model configs use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// max(x, 0)
+    Relu,
+    /// x · Φ(x), exact ([GELU](https://arxiv.org/abs/1606.08415), section 2)
+    Gelu,
+    /// Its approximation by tanh, from the same section
+    GeluTanh,
+    /// x · σ(1.702 x), from the same section
+    QuickGelu,
+    /// x · σ(x)
+    Silu,
+}
+
+impl Activation {
+    /// The function that a config calls `name`, if it is one of these.
+    pub fn parse(name: &str) -> Option<Self> {
+        Some(match name {
+            "relu" => Self::Relu,
+            "gelu" => Self::Gelu,
+            "gelu_new" | "gelu_pytorch_tanh" | "gelu_fast" => Self::GeluTanh,
+            "quick_gelu" => Self::QuickGelu,
+            "silu" | "swish" => Self::Silu,
+            _ => return None,
+        })
+    }
+
+    /// Applies it to each element; any shape, f32 on the CPU.
+    ///
+    /// # Errors
+    /// Weights that are not leased.
+    pub fn apply(self, x: &Tensor) -> Result<Tensor> {
+        let kernel: fn(f32) -> f32 = match self {
+            Self::Relu => return x.relu(),
+            Self::Gelu => return x.gelu_erf(),
+            _ if !x.device().is_cpu() || x.dtype() != DType::F32 => {
+                return match self {
+                    Self::GeluTanh => x.gelu(),
+                    Self::QuickGelu => x * candle_nn::ops::sigmoid(&(x * 1.702)?)?,
+                    _ => x.silu(),
+                };
+            }
+            // Each arm is its own loop, so that the compiler sees one function and vectorises it.
+            Self::GeluTanh => return map(x, gelu_tanh),
+            Self::QuickGelu => |v| v / (1. + cpu::exp(-1.702 * v)),
+            Self::Silu => return map(x, silu),
+        };
+        map(x, kernel)
+    }
+}
+
+/// `[a, gelu_tanh(x[…, first..])]` along the last dimension: what the output projection of a fused
+/// attention and feed-forward block reads.
+///
+/// `a` is `[batch, tokens, n]`, `x` `[batch, tokens, first + m]`, the result `[batch, tokens, n + m]`.
+///
+/// # Errors
+/// Shapes that do not fit each other.
+pub fn join_gelu(a: &Tensor, x: &Tensor, first: usize) -> Result<Tensor> {
+    let (batch, tokens, n) = a.dims3()?;
+    let (xb, xt, width) = x.dims3()?;
+    if (xb, xt) != (batch, tokens) || first > width {
+        candle_core::bail!("join_gelu: {:?} and {:?} from {first}", a.dims(), x.dims());
+    }
+    let m = width - first;
+    if !x.device().is_cpu() || x.dtype() != DType::F32 {
+        let x = x.narrow(D::Minus1, first, m)?.contiguous()?.gelu()?;
+        return Tensor::cat(&[a, &x], D::Minus1);
+    }
+    let (a, x) = (a.contiguous()?, x.contiguous()?);
+    let mut out = vec![0f32; batch * tokens * (n + m)];
+    cpu::read(&a, |a| {
+        cpu::read(&x, |x| {
+            cpu::rows(&mut out, n + m, |i, row| {
+                row[..n].copy_from_slice(&a[i * n..(i + 1) * n]);
+                let from = &x[i * width + first..(i + 1) * width];
+                row[n..].iter_mut().zip(from).for_each(|(y, &v)| *y = gelu_tanh(v));
+            });
+            Ok(())
+        })
+    })?;
+    cpu::tensor(out, (batch, tokens, n + m))
+}
+
+fn map(x: &Tensor, f: impl Fn(f32) -> f32 + Send + Sync) -> Result<Tensor> {
+    const PIECE: usize = 1 << 14;
+    let x = x.contiguous()?;
+    let mut out = vec![0f32; x.elem_count()];
+    let whole = out.len() - out.len() % PIECE;
+    cpu::read(&x, |x| {
+        let (body, tail) = out.split_at_mut(whole);
+        cpu::rows(body, PIECE, |i, row| {
+            row.iter_mut().zip(&x[i * PIECE..]).for_each(|(y, &v)| *y = f(v));
+        });
+        tail.iter_mut().zip(&x[whole..]).for_each(|(y, &v)| *y = f(v));
+        Ok(())
+    })?;
+    cpu::tensor(out, x.shape())
+}
+
+#[inline(always)]
+pub(crate) fn silu(v: f32) -> f32 {
+    v / (1. + cpu::exp(-v))
+}
+
+/// ½ x (1 + tanh u) = x · σ(2u)
+#[inline(always)]
+fn gelu_tanh(v: f32) -> f32 {
+    const ROOT: f32 = 0.797_884_6; // √(2/π)
+    v / (1. + cpu::exp(-2. * ROOT * v * (1. + 0.044715 * v * v)))
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+
+    #[test]
+    fn kernels_equal_the_formulas() -> Result<()> {
+        let dev = Device::Cpu;
+        let x = Tensor::arange_step(-30f32, 30., 0.001, &dev)?; // no multiple of a piece
+        let cases = [
+            (Activation::Silu, x.silu()?),
+            (Activation::GeluTanh, x.gelu()?),
+            (Activation::QuickGelu, (&x * candle_nn::ops::sigmoid(&(&x * 1.702)?)?)?),
+            (Activation::Relu, x.relu()?),
+        ];
+        for (activation, want) in cases {
+            let worst = (activation.apply(&x)? - want)?.abs()?.max_all()?.to_scalar::<f32>()?;
+            assert!(worst < 2e-6, "{activation:?} {worst}");
+        }
+        assert_eq!(Activation::parse("gelu"), Some(Activation::Gelu));
+        assert_eq!(Activation::parse("mish"), None);
+        Ok(())
+    }
+
+    #[test]
+    fn join_gelu_equals_its_parts() -> Result<()> {
+        let dev = Device::Cpu;
+        let a = Tensor::randn(0f32, 1., (2, 3, 4), &dev)?;
+        let x = Tensor::randn(0f32, 1., (2, 3, 11), &dev)?;
+        let want = Tensor::cat(&[&a, &x.narrow(2, 6, 5)?.gelu()?], 2)?;
+        let worst = (join_gelu(&a, &x, 6)? - want)?.abs()?.max_all()?.to_scalar::<f32>()?;
+        assert!(worst < 1e-6, "{worst}");
+        assert!(join_gelu(&a, &x, 12).is_err());
+        Ok(())
+    }
+}

@@ -1,0 +1,228 @@
+//! Two-dimensional convolution with few temporaries.
+//!
+//! On the CPU a strip of output rows at a time is gathered into columns and multiplied: the weight
+//! needs no copy, bias and a nearest-neighbour doubling of the input cost no pass of their own, and
+//! what is held beside input and output stays near 16 MiB.
+
+use candle_core::{DType, Result, Tensor};
+use mmgp_quant::Weights;
+use rayon::prelude::*;
+
+use crate::nn::cpu;
+
+/// Gathered values that are held at once: 16 MiB in f32.
+const COLUMNS: usize = 4 << 20;
+
+/// How a kernel moves over its input.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Window {
+    /// Kernel height and width.
+    pub kernel: usize,
+    /// Step between outputs, in input rows and columns.
+    pub stride: usize,
+    /// Zeros above and left of the input.
+    pub before: usize,
+    /// Zeros below and right of the input.
+    pub after: usize,
+    /// Each input pixel is first repeated so many times in both directions.
+    pub repeat: usize,
+}
+
+impl Window {
+    /// A 1 × 1 kernel.
+    pub const POINT: Self = Self { kernel: 1, stride: 1, before: 0, after: 0, repeat: 1 };
+    /// A 3 × 3 kernel that keeps the size.
+    pub const SAME: Self = Self { kernel: 3, stride: 1, before: 1, after: 1, repeat: 1 };
+    /// A 3 × 3 kernel that halves the size, padded below and right only, as in the encoders of
+    /// latent diffusion.
+    pub const HALVE: Self = Self { kernel: 3, stride: 2, before: 0, after: 1, repeat: 1 };
+    /// Nearest-neighbour doubling, then a 3 × 3 kernel.
+    pub const DOUBLE: Self = Self { kernel: 3, stride: 1, before: 1, after: 1, repeat: 2 };
+
+    fn output(self, input: usize) -> Option<usize> {
+        let padded = input.checked_mul(self.repeat)? + self.before + self.after;
+        Some(padded.checked_sub(self.kernel)? / self.stride + 1)
+    }
+}
+
+/// How many output rows [`Conv2d`] makes at a time on the CPU: as many as keep the gathered columns,
+/// `inputs · kernel² · rows · width`, at most 2²², at least one.
+pub fn strip_rows(inputs: usize, window: Window, width: usize) -> usize {
+    let row = inputs.saturating_mul(window.kernel * window.kernel).saturating_mul(width);
+    (COLUMNS / row.max(1)).max(1)
+}
+
+/// A convolution with bias.
+#[derive(Debug)]
+pub struct Conv2d {
+    weight: Tensor,
+    bias: Tensor,
+    window: Window,
+}
+
+impl Conv2d {
+    /// Asks for `weight` `[outputs, inputs, kernel, kernel]` and `bias` `[outputs]`.
+    ///
+    /// # Errors
+    /// A tensor that is missing or has another shape.
+    pub fn new(
+        weights: &Weights,
+        inputs: usize,
+        outputs: usize,
+        window: Window,
+    ) -> mmgp_quant::Result<Self> {
+        let shape = [outputs, inputs, window.kernel, window.kernel];
+        let weight = weights.tensor(&shape, "weight")?;
+        Ok(Self { weight, bias: weights.tensor(&[outputs], "bias")?, window })
+    }
+
+    /// `[batch, inputs, height, width]` to `[batch, outputs, …]`.
+    ///
+    /// # Errors
+    /// Another number of channels, an input smaller than the kernel; weights that are not leased.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let (batch, inputs, height, width) = x.dims4()?;
+        let (outputs, expected, ..) = self.weight.dims4()?;
+        let window = self.window;
+        let (Some(out_h), Some(out_w)) = (window.output(height), window.output(width)) else {
+            candle_core::bail!("conv2d: {window:?} over {:?}", x.dims());
+        };
+        if inputs != expected || height == 0 || width == 0 {
+            candle_core::bail!("conv2d: {:?} given to {:?}", x.dims(), self.weight.dims());
+        }
+        if !x.device().is_cpu() || x.dtype() != DType::F32 {
+            return self.composed(x);
+        }
+        let x = x.contiguous()?;
+        let taps = inputs * window.kernel * window.kernel;
+        let weight = self.weight.reshape((outputs, taps))?;
+        let mut out = vec![0f32; batch * outputs * out_h * out_w];
+        let strip = strip_rows(inputs, window, out_w);
+        for item in 0..batch {
+            let out = &mut out[item * outputs * out_h * out_w..][..outputs * out_h * out_w];
+            for from in (0..out_h).step_by(strip) {
+                let rows = strip.min(out_h - from);
+                let mut columns = vec![0f32; taps * rows * out_w];
+                cpu::read(&x, |x| {
+                    let x = &x[item * inputs * height * width..][..inputs * height * width];
+                    gather(x, (height, width), window, from, (rows, out_w), &mut columns);
+                    Ok(())
+                })?;
+                let y = weight.matmul(&cpu::tensor(columns, (taps, rows * out_w))?)?;
+                cpu::read(&y, |y| {
+                    cpu::read(&self.bias, |bias| {
+                        let planes = out.par_chunks_exact_mut(out_h * out_w);
+                        planes.zip(y.par_chunks_exact(rows * out_w)).zip(bias).for_each(
+                            |((out, y), bias)| {
+                                let out = &mut out[from * out_w..][..rows * out_w];
+                                out.iter_mut().zip(y).for_each(|(o, y)| *o = y + bias);
+                            },
+                        );
+                        Ok(())
+                    })
+                })?;
+            }
+        }
+        cpu::tensor(out, (batch, outputs, out_h, out_w))
+    }
+
+    fn composed(&self, x: &Tensor) -> Result<Tensor> {
+        let Window { stride, before, after, repeat, .. } = self.window;
+        let (_, _, height, width) = x.dims4()?;
+        let x = match repeat {
+            1 => x.contiguous()?,
+            n => x.contiguous()?.upsample_nearest2d(height * n, width * n)?,
+        };
+        let x = x.pad_with_zeros(2, before, after)?.pad_with_zeros(3, before, after)?;
+        let y = x.contiguous()?.conv2d(&self.weight, 0, stride, 1, 1)?;
+        y.broadcast_add(&self.bias.reshape((1, (), 1, 1))?)
+    }
+}
+
+/// Fills `columns` `[inputs · kernel², rows · out_w]`, zeroed, with what each tap of the kernel sees
+/// at output rows `from..from + rows`; `x` is `[inputs, height, width]`.
+fn gather(
+    x: &[f32],
+    (height, width): (usize, usize),
+    window: Window,
+    from: usize,
+    (rows, out_w): (usize, usize),
+    columns: &mut [f32],
+) {
+    let Window { kernel, stride, before, repeat, .. } = window;
+    // The first output column whose tap `k` lies inside, and the one behind the last.
+    let inside = |k: usize| {
+        let first = before.saturating_sub(k).div_ceil(stride);
+        let last = (width * repeat + before).saturating_sub(k).div_ceil(stride).min(out_w);
+        (first.min(last), last)
+    };
+    columns.par_chunks_exact_mut(rows * out_w).enumerate().for_each(|(tap, column)| {
+        let (channel, ky, kx) = (tap / (kernel * kernel), tap / kernel % kernel, tap % kernel);
+        let plane = &x[channel * height * width..][..height * width];
+        let (first, last) = inside(kx);
+        for (row, line) in column.chunks_exact_mut(out_w).enumerate() {
+            let Some(y) = ((from + row) * stride + ky).checked_sub(before) else { continue };
+            if y >= height * repeat || first == last {
+                continue;
+            }
+            let source = &plane[y / repeat * width..][..width];
+            let start = first * stride + kx - before;
+            let line = &mut line[first..last];
+            if stride == 1 && repeat == 1 {
+                line.copy_from_slice(&source[start..start + line.len()]);
+            } else {
+                for (i, v) in line.iter_mut().enumerate() {
+                    *v = source[(start + i * stride) / repeat];
+                }
+            }
+        }
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+    use mmgp_quant::MemorySource;
+
+    use super::*;
+
+    #[test]
+    fn strips_equal_the_library_at_batch_two() -> mmgp_quant::Result<()> {
+        let dev = Device::Cpu;
+        let rand = |s: &[usize]| Tensor::randn(0f32, 1., s, &dev);
+        for window in [Window::POINT, Window::SAME, Window::HALVE, Window::DOUBLE] {
+            for (h, w) in [(7, 5), (1, 9), (6, 4), (2, 1)] {
+                let source = MemorySource::new(&dev)
+                    .with("weight", rand(&[4, 3, window.kernel, window.kernel])?)
+                    .with("bias", rand(&[4])?);
+                let conv = Conv2d::new(&Weights::new(source), 3, 4, window)?;
+                let x = rand(&[2, 3, w, h])?.transpose(2, 3)?;
+                if window.output(h).is_none() || window.output(w).is_none() {
+                    assert!(conv.forward(&x).is_err());
+                    continue;
+                }
+                let (got, want) = (conv.forward(&x)?, conv.composed(&x)?);
+                assert_eq!(got.dims(), want.dims(), "{window:?}");
+                let worst = (got - want)?.abs()?.max_all()?.to_scalar::<f32>()?;
+                assert!(worst < 1e-5, "{window:?} {h}x{w} {worst}");
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn several_strips_equal_one() -> mmgp_quant::Result<()> {
+        let dev = Device::Cpu;
+        let (h, w, c) = (40, 900, 16);
+        assert!(strip_rows(c, Window::SAME, w) < h);
+        let rand = |s: &[usize]| Tensor::randn(0f32, 1., s, &dev);
+        let source =
+            MemorySource::new(&dev).with("weight", rand(&[2, c, 3, 3])?).with("bias", rand(&[2])?);
+        let conv = Conv2d::new(&Weights::new(source), c, 2, Window::SAME)?;
+        let x = rand(&[1, c, h, w])?;
+        let worst =
+            (conv.forward(&x)? - conv.composed(&x)?)?.abs()?.max_all()?.to_scalar::<f32>()?;
+        assert!(worst < 1e-4, "{worst}"); // of values up to 50
+        Ok(())
+    }
+}

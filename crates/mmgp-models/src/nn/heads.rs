@@ -1,0 +1,184 @@
+//! From the rows of a joined projection to heads, and from a block's output back into the stream:
+//! what stands between the products of a transformer block.
+
+use candle_core::{D, DType, Result, Tensor};
+
+use crate::nn::{RmsNorm, Rope, cpu, norms::rms_row};
+
+/// How heads lie in the rows of a projection: `count` heads of `dim` values each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Heads {
+    /// The number of heads.
+    pub count: usize,
+    /// The width of a head.
+    pub dim: usize,
+}
+
+impl Heads {
+    /// The width of all heads together.
+    pub fn width(self) -> usize {
+        self.count * self.dim
+    }
+
+    /// Takes the heads that begin at column `first` of `x`, normalises each if `norm` is given, then
+    /// turns it if `rope` is given: `[batch, tokens, columns]` to `[batch, heads, tokens, dim]`.
+    ///
+    /// # Errors
+    /// Columns, tokens or widths that do not fit; weights that are not leased.
+    pub fn split(
+        self,
+        x: &Tensor,
+        first: usize,
+        norm: Option<&RmsNorm>,
+        rope: Option<&Rope>,
+    ) -> Result<Tensor> {
+        let (batch, tokens, columns) = x.dims3()?;
+        let Self { count, dim } = self;
+        if first + self.width() > columns || rope.is_some_and(|r| r.tokens() != tokens) {
+            candle_core::bail!(
+                "heads: {self:?} from column {first} of {:?}, rope for {:?} tokens",
+                x.dims(),
+                rope.map(Rope::tokens)
+            );
+        }
+        if let Some(rope) = rope
+            && rope.half() * 2 != dim
+        {
+            candle_core::bail!("heads: {self:?} with a rope for {}", rope.half() * 2);
+        }
+        if !x.device().is_cpu() || x.dtype() != DType::F32 {
+            return self.split_composed(x, first, norm, rope);
+        }
+        let x = x.contiguous()?;
+        let mut out = vec![0f32; batch * tokens * self.width()];
+        let mut run = |weight: Option<(&[f32], f64)>, tables: Option<(&[f32], &[f32])>| {
+            cpu::read(&x, |x| {
+                cpu::rows(&mut out, dim, |i, row| {
+                    let (plane, token) = (i / tokens, i % tokens);
+                    let (item, head) = (plane / count, plane % count);
+                    let at = (item * tokens + token) * columns + first + head * dim;
+                    let x = &x[at..at + dim];
+                    match weight {
+                        Some((weight, eps)) => rms_row(x, weight, eps, row),
+                        None => row.copy_from_slice(x),
+                    }
+                    if let Some((cos, sin)) = tables {
+                        let range = token * dim / 2..(token + 1) * dim / 2;
+                        let turns = cos[range.clone()].iter().zip(&sin[range]);
+                        for (pair, (c, s)) in row.chunks_exact_mut(2).zip(turns) {
+                            (pair[0], pair[1]) =
+                                (pair[0] * c - pair[1] * s, pair[1] * c + pair[0] * s);
+                        }
+                    }
+                });
+                Ok(())
+            })
+        };
+        match (norm, rope) {
+            (None, None) => run(None, None)?,
+            (Some(n), None) => n.with_weight(dim, |w| run(Some((w, n.eps())), None))?,
+            (None, Some(r)) => r.with_tables(|c, s| run(None, Some((c, s))))?,
+            (Some(n), Some(r)) => {
+                n.with_weight(dim, |w| r.with_tables(|c, s| run(Some((w, n.eps())), Some((c, s)))))?
+            }
+        }
+        cpu::tensor(out, (batch, count, tokens, dim))
+    }
+
+    fn split_composed(
+        self,
+        x: &Tensor,
+        first: usize,
+        norm: Option<&RmsNorm>,
+        rope: Option<&Rope>,
+    ) -> Result<Tensor> {
+        let (batch, tokens, _) = x.dims3()?;
+        let x = x.narrow(D::Minus1, first, self.width())?.contiguous()?;
+        let mut x = x.reshape((batch, tokens, self.count, self.dim))?;
+        if let Some(norm) = norm {
+            x = norm.forward(&x)?;
+        }
+        x = x.transpose(1, 2)?.contiguous()?;
+        match rope {
+            Some(rope) => rope.apply(&x),
+            None => Ok(x),
+        }
+    }
+}
+
+/// `x + gate · y`: `x` and `y` are `[batch, tokens, width]`, `gate` is `[batch, width]`.
+///
+/// # Errors
+/// Shapes that do not fit each other.
+pub fn gated_add(x: &Tensor, y: &Tensor, gate: &Tensor) -> Result<Tensor> {
+    let (batch, tokens, width) = x.dims3()?;
+    if y.dims() != x.dims() || gate.dims() != [batch, width] {
+        candle_core::bail!("gated_add: {:?}, {:?}, {:?}", x.dims(), y.dims(), gate.dims());
+    }
+    if !x.device().is_cpu() || x.dtype() != DType::F32 {
+        return x + y.broadcast_mul(&gate.unsqueeze(1)?)?;
+    }
+    let (x, y, gate) = (x.contiguous()?, y.contiguous()?, gate.contiguous()?);
+    let mut out = vec![0f32; x.elem_count()];
+    cpu::read(&x, |x| {
+        cpu::read(&y, |y| {
+            cpu::read(&gate, |gate| {
+                cpu::rows(&mut out, width, |i, row| {
+                    let range = i * width..(i + 1) * width;
+                    let gate = &gate[i / tokens * width..][..width];
+                    let rows = x[range.clone()].iter().zip(&y[range]).zip(gate);
+                    row.iter_mut().zip(rows).for_each(|(o, ((x, y), g))| *o = x + g * y);
+                });
+                Ok(())
+            })
+        })
+    })?;
+    cpu::tensor(out, (batch, tokens, width))
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+    use mmgp_quant::{MemorySource, Weights};
+
+    use super::*;
+
+    fn near(a: &Tensor, b: &Tensor) -> Result<()> {
+        assert_eq!(a.dims(), b.dims());
+        let worst = (a - b)?.abs()?.max_all()?.to_scalar::<f32>()?;
+        assert!(worst < 2e-6, "{worst}");
+        Ok(())
+    }
+
+    #[test]
+    fn the_kernel_equals_the_composition() -> mmgp_quant::Result<()> {
+        let dev = Device::Cpu;
+        let heads = Heads { count: 3, dim: 10 };
+        let x = Tensor::randn(0f32, 1., (2, 5, 67), &dev)?;
+        let source = MemorySource::new(&dev).with("weight", Tensor::randn(1f32, 1., 10, &dev)?);
+        let norm = RmsNorm::new(&Weights::new(source), 10, 1e-6)?;
+        let ids = Tensor::randn(0f32, 9., (5, 2), &dev)?;
+        let rope = Rope::new(&ids, &[4, 6], 10000., &dev)?;
+        for norm in [None, Some(&norm)] {
+            for rope in [None, Some(&rope)] {
+                let want = heads.split_composed(&x, 31, norm, rope)?;
+                near(&heads.split(&x, 31, norm, rope)?, &want)?;
+            }
+        }
+        assert!(heads.split(&x, 38, None, None).is_err());
+        assert!(heads.split(&x, 0, None, Some(&rope.narrow(0, 4)?)).is_err());
+        assert!(Heads { count: 2, dim: 12 }.split(&x, 0, None, Some(&rope)).is_err());
+        Ok(())
+    }
+
+    #[test]
+    fn a_gate_belongs_to_its_batch_item() -> Result<()> {
+        let dev = Device::Cpu;
+        let rand = |s: &[usize]| Tensor::randn(0f32, 1., s, &dev);
+        let (x, y, gate) = (rand(&[2, 3, 5])?, rand(&[2, 3, 5])?, rand(&[2, 15])?);
+        let gate = gate.narrow(1, 5, 5)?;
+        near(&gated_add(&x, &y, &gate)?, &(&x + y.broadcast_mul(&gate.unsqueeze(1)?)?)?)?;
+        assert!(gated_add(&x, &y, &x).is_err());
+        Ok(())
+    }
+}

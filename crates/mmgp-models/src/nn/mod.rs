@@ -1,0 +1,23 @@
+//! The operations that models are made of, one function each.
+//!
+//! Activations are in the compute dtype (f32 on the CPU). Every function has a kernel for the CPU,
+//! safe code that makes one pass over memory, and the same formula in the tensor library's own
+//! operations for other devices; a fused kernel for another device goes behind the same function.
+//! No result depends on the number of threads.
+
+mod activation;
+mod attention;
+mod conv;
+mod cpu;
+mod embed;
+mod heads;
+mod norms;
+mod rope;
+
+pub use activation::{Activation, join_gelu};
+pub use attention::{attention, causal_mask, chunk_rows};
+pub use conv::{Conv2d, Window, strip_rows};
+pub use embed::{Mlp, timestep_embedding};
+pub use heads::{Heads, gated_add};
+pub use norms::{GroupNorm, LayerNorm, RmsNorm, layer_norm_modulated};
+pub use rope::Rope;

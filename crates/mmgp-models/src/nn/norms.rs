@@ -1,0 +1,362 @@
+//! Normalisations: over the last dimension (LayerNorm, RMSNorm, the modulated LayerNorm of diffusion
+//! transformers) and over groups of channels (GroupNorm, with SiLU behind it where a VAE has one).
+
+use candle_core::{D, DType, Result, Tensor};
+use mmgp_quant::Weights;
+use rayon::prelude::*;
+
+use crate::nn::{activation::silu, cpu};
+
+/// (x − mean) / √(variance + ε) · weight + bias over the last dimension
+/// ([Layer Normalization](https://arxiv.org/abs/1607.06450)).
+#[derive(Debug)]
+pub struct LayerNorm {
+    weight: Tensor,
+    bias: Tensor,
+    eps: f64,
+}
+
+impl LayerNorm {
+    /// Asks for `weight` and `bias` `[width]`.
+    ///
+    /// # Errors
+    /// A tensor that is missing or has another shape.
+    pub fn new(weights: &Weights, width: usize, eps: f64) -> mmgp_quant::Result<Self> {
+        let (weight, bias) =
+            (weights.tensor(&[width], "weight")?, weights.tensor(&[width], "bias")?);
+        Ok(Self { weight, bias, eps })
+    }
+
+    /// `[…, width]` to the same shape.
+    ///
+    /// # Errors
+    /// An input of another width; weights that are not leased.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        if !is_f32_cpu(x) {
+            return plain_norm(x, self.eps)?.broadcast_mul(&self.weight)?.broadcast_add(&self.bias);
+        }
+        let (weight, bias) = (&self.weight, &self.bias);
+        cpu::read(weight, |w| {
+            cpu::read(bias, |b| scaled_rows(x, w, b, self.eps, |y, w, b| y * w + b))
+        })
+    }
+}
+
+/// x / √(mean(x²) + ε) · weight over the last dimension
+/// ([Root Mean Square Layer Normalization](https://arxiv.org/abs/1910.07467)).
+#[derive(Debug)]
+pub struct RmsNorm {
+    weight: Tensor,
+    eps: f64,
+}
+
+impl RmsNorm {
+    /// Asks for `weight` `[width]`.
+    ///
+    /// # Errors
+    /// A tensor that is missing or has another shape.
+    pub fn new(weights: &Weights, width: usize, eps: f64) -> mmgp_quant::Result<Self> {
+        Ok(Self { weight: weights.tensor(&[width], "weight")?, eps })
+    }
+
+    /// `[…, width]` to the same shape.
+    ///
+    /// # Errors
+    /// An input of another width; weights that are not leased.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        if !is_f32_cpu(x) {
+            return candle_nn::ops::rms_norm(&x.contiguous()?, &self.weight, self.eps as f32);
+        }
+        let width = x.dim(D::Minus1)?;
+        let x = x.contiguous()?;
+        let mut out = vec![0f32; x.elem_count()];
+        self.with_weight(width, |weight| {
+            cpu::read(&x, |x| {
+                cpu::rows(&mut out, width, |i, row| {
+                    rms_row(&x[i * width..(i + 1) * width], weight, self.eps, row);
+                });
+                Ok(())
+            })
+        })?;
+        cpu::tensor(out, x.shape())
+    }
+
+    /// The weight's values, `width` of them.
+    pub(crate) fn with_weight<R>(
+        &self,
+        width: usize,
+        f: impl FnOnce(&[f32]) -> Result<R>,
+    ) -> Result<R> {
+        cpu::read(&self.weight, |weight| {
+            if weight.len() != width {
+                candle_core::bail!("rms_norm: rows of {width}, a weight of {}", weight.len());
+            }
+            f(weight)
+        })
+    }
+
+    pub(crate) fn eps(&self) -> f64 {
+        self.eps
+    }
+}
+
+/// One row of an RMSNorm.
+#[inline]
+pub(crate) fn rms_row(x: &[f32], weight: &[f32], eps: f64, out: &mut [f32]) {
+    let mean = sum(x, |v| v * v) / x.len() as f64;
+    let inverse = (1. / (mean + eps).sqrt()) as f32;
+    for ((y, &v), w) in out.iter_mut().zip(x).zip(weight) {
+        *y = v * inverse * w;
+    }
+}
+
+/// LayerNorm without weights, then `· (1 + scale) + shift`: how a diffusion transformer conditions
+/// a block ([Scalable Diffusion Models with Transformers](https://arxiv.org/abs/2212.09748), adaLN).
+///
+/// `x` is `[batch, tokens, width]`, `scale` and `shift` are `[batch, width]`.
+///
+/// # Errors
+/// Shapes that do not fit each other.
+pub fn layer_norm_modulated(
+    x: &Tensor,
+    scale: &Tensor,
+    shift: &Tensor,
+    eps: f64,
+) -> Result<Tensor> {
+    let (batch, _, width) = x.dims3()?;
+    if scale.dims() != [batch, width] || shift.dims() != [batch, width] {
+        candle_core::bail!("modulate: {:?} by {:?}, {:?}", x.dims(), scale.dims(), shift.dims());
+    }
+    if !is_f32_cpu(x) {
+        let scale = (scale.unsqueeze(1)? + 1.)?;
+        return plain_norm(x, eps)?.broadcast_mul(&scale)?.broadcast_add(&shift.unsqueeze(1)?);
+    }
+    let (scale, shift) = (scale.contiguous()?, shift.contiguous()?);
+    cpu::read(&scale, |scale| {
+        cpu::read(&shift, |shift| scaled_rows(x, scale, shift, eps, |y, a, b| y * (1. + a) + b))
+    })
+}
+
+/// Normalises rows and finishes each value with its `a` and `b`, of which there is one row for all
+/// or one for each batch item.
+fn scaled_rows(
+    x: &Tensor,
+    a: &[f32],
+    b: &[f32],
+    eps: f64,
+    finish: impl Fn(f32, f32, f32) -> f32 + Send + Sync,
+) -> Result<Tensor> {
+    let width = x.dim(D::Minus1)?;
+    let rows = x.elem_count() / width.max(1);
+    if width == 0 || a.len() != b.len() || !a.len().is_multiple_of(width) || a.is_empty() {
+        candle_core::bail!("layer_norm: rows of {width}, weights of {} and {}", a.len(), b.len());
+    }
+    let per = (rows / (a.len() / width)).max(1);
+    let x = x.contiguous()?;
+    let mut out = vec![0f32; rows * width];
+    cpu::read(&x, |x| {
+        cpu::rows(&mut out, width, |i, row| {
+            let x = &x[i * width..(i + 1) * width];
+            let at = i / per * width;
+            let (a, b) = (&a[at..at + width], &b[at..at + width]);
+            let mean = (sum(x, |v| v) / width as f64) as f32;
+            let variance = sum(x, |v| (v - mean) * (v - mean)) / width as f64;
+            let inverse = (1. / (variance + eps).sqrt()) as f32;
+            for (((y, &v), &a), &b) in row.iter_mut().zip(x).zip(a).zip(b) {
+                *y = finish((v - mean) * inverse, a, b);
+            }
+        });
+        Ok(())
+    })?;
+    cpu::tensor(out, x.shape())
+}
+
+/// GroupNorm ([Group Normalization](https://arxiv.org/abs/1803.08494)) over `[batch, channels, …]`.
+#[derive(Debug)]
+pub struct GroupNorm {
+    weight: Tensor,
+    bias: Tensor,
+    groups: usize,
+    eps: f64,
+}
+
+impl GroupNorm {
+    /// Asks for `weight` and `bias` `[channels]`.
+    ///
+    /// # Errors
+    /// A tensor that is missing or has another shape; groups that do not divide the channels.
+    pub fn new(
+        weights: &Weights,
+        groups: usize,
+        channels: usize,
+        eps: f64,
+    ) -> mmgp_quant::Result<Self> {
+        if groups == 0 || !channels.is_multiple_of(groups) {
+            return Err(mmgp_quant::Error::Invalid(format!(
+                "group norm `{}`: {channels} channels in {groups} groups",
+                weights.prefix()
+            )));
+        }
+        let weight = weights.tensor(&[channels], "weight")?;
+        Ok(Self { weight, bias: weights.tensor(&[channels], "bias")?, groups, eps })
+    }
+
+    /// `[batch, channels, …]` to the same shape.
+    ///
+    /// # Errors
+    /// Another number of channels; weights that are not leased.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.run(x, |v| v, |y| Ok(y))
+    }
+
+    /// The same with SiLU behind it, in one pass: `[batch, channels, …]` to the same shape.
+    ///
+    /// # Errors
+    /// Those of [`forward`](Self::forward).
+    pub fn forward_silu(&self, x: &Tensor) -> Result<Tensor> {
+        self.run(x, silu, |y| y.silu())
+    }
+
+    fn run(
+        &self,
+        x: &Tensor,
+        kernel: impl Fn(f32) -> f32 + Send + Sync,
+        then: impl FnOnce(Tensor) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        let (batch, channels) = (x.dim(0)?, x.dim(1)?);
+        let of_group = channels / self.groups;
+        if channels != of_group * self.groups {
+            candle_core::bail!("group norm: {channels} channels in {} groups", self.groups);
+        }
+        if !is_f32_cpu(x) {
+            let y = x.reshape((batch * self.groups, ()))?;
+            let y = plain_norm(&y, self.eps)?.reshape((batch, channels, ()))?;
+            let y = y.broadcast_mul(&self.weight.reshape((1, channels, 1))?)?;
+            return then(
+                y.broadcast_add(&self.bias.reshape((1, channels, 1))?)?.reshape(x.shape())?,
+            );
+        }
+        let x = x.contiguous()?;
+        let plane = x.elem_count() / (batch * channels).max(1);
+        let mut out = vec![0f32; x.elem_count()];
+        let mut norm = |x: &[f32], weight: &[f32], bias: &[f32]| {
+            if weight.len() != channels || bias.len() != channels {
+                candle_core::bail!("group norm: {channels} channels, {} weights", weight.len());
+            }
+            let span = plane * of_group;
+            if span == 0 {
+                return Ok(());
+            }
+            out.par_chunks_exact_mut(span).zip(x.par_chunks_exact(span)).enumerate().for_each(
+                |(i, (out, x))| {
+                    let mean = sum(x, |v| v) / span as f64;
+                    let mean32 = mean as f32;
+                    let variance = sum(x, |v| (v - mean32) * (v - mean32)) / span as f64;
+                    let inverse = 1. / (variance + self.eps).sqrt();
+                    let first = i % self.groups * of_group;
+                    let planes = out.chunks_exact_mut(plane).zip(x.chunks_exact(plane));
+                    for (channel, (out, x)) in planes.enumerate().map(|(c, p)| (first + c, p)) {
+                        let scale = (inverse * f64::from(weight[channel])) as f32;
+                        let shift = bias[channel];
+                        for (y, &v) in out.iter_mut().zip(x) {
+                            *y = kernel((v - mean32) * scale + shift);
+                        }
+                    }
+                },
+            );
+            Ok(())
+        };
+        cpu::read(&x, |x| cpu::read(&self.weight, |w| cpu::read(&self.bias, |b| norm(x, w, b))))?;
+        cpu::tensor(out, x.shape())
+    }
+}
+
+/// The sum of `f` over a slice: in f32 over short runs, in f64 over their sums, so that the error
+/// does not grow with the length.
+#[inline]
+fn sum(x: &[f32], f: impl Fn(f32) -> f32) -> f64 {
+    let run = |x: &[f32]| -> f64 {
+        let mut parts = [0f32; 16];
+        let chunks = x.chunks_exact(16);
+        let rest: f32 = chunks.remainder().iter().map(|&v| f(v)).sum();
+        for chunk in chunks {
+            parts.iter_mut().zip(chunk).for_each(|(p, &v)| *p += f(v));
+        }
+        f64::from(rest) + parts.iter().map(|&p| f64::from(p)).sum::<f64>()
+    };
+    x.chunks(1 << 10).map(run).sum()
+}
+
+/// LayerNorm without weights in the library's own operations.
+fn plain_norm(x: &Tensor, eps: f64) -> Result<Tensor> {
+    let x = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
+    let variance = x.sqr()?.mean_keepdim(D::Minus1)?;
+    x.broadcast_div(&(variance + eps)?.sqrt()?)
+}
+
+fn is_f32_cpu(x: &Tensor) -> bool {
+    x.device().is_cpu() && x.dtype() == DType::F32
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+    use mmgp_quant::MemorySource;
+
+    use super::*;
+
+    fn near(a: &Tensor, b: &Tensor) -> Result<()> {
+        assert_eq!(a.dims(), b.dims());
+        let worst = (a - b)?.abs()?.max_all()?.to_scalar::<f32>()?;
+        assert!(worst < 2e-5, "{worst}"); // of values up to 20
+        Ok(())
+    }
+
+    #[test]
+    fn rows_equal_the_formulas() -> mmgp_quant::Result<()> {
+        let dev = Device::Cpu;
+        let rand = |s: &[usize]| Tensor::randn(0.5f32, 1.5, s, &dev);
+        let (w, b, x) = (rand(&[44])?, rand(&[44])?, rand(&[2, 5, 44])?);
+        let source = MemorySource::new(&dev).with("weight", w.clone()).with("bias", b.clone());
+        let weights = Weights::new(source);
+        // A view whose rows are not where its shape says.
+        let x = x.transpose(0, 1)?;
+        let want = plain_norm(&x, 1e-5)?.broadcast_mul(&w)?.broadcast_add(&b)?;
+        near(&LayerNorm::new(&weights, 44, 1e-5)?.forward(&x)?, &want)?;
+        let rms = (x.sqr()?.mean_keepdim(D::Minus1)? + 1e-6)?.sqrt()?;
+        let want = x.broadcast_div(&rms)?.broadcast_mul(&w)?;
+        near(&RmsNorm::new(&weights, 44, 1e-6)?.forward(&x)?, &want)?;
+        assert!(RmsNorm::new(&weights, 44, 1e-6)?.forward(&rand(&[2, 22])?).is_err());
+        assert!(LayerNorm::new(&weights, 44, 1e-6)?.forward(&rand(&[2, 43])?).is_err());
+        Ok(())
+    }
+
+    #[test]
+    fn each_batch_item_has_its_modulation() -> Result<()> {
+        let dev = Device::Cpu;
+        let x = Tensor::randn(0f32, 2., (2, 3, 12), &dev)?;
+        let emb = Tensor::randn(0f32, 1., (2, 36), &dev)?;
+        let (scale, shift) = (emb.narrow(1, 12, 12)?, emb.narrow(1, 0, 12)?);
+        let want = plain_norm(&x, 1e-6)?.broadcast_mul(&(scale.unsqueeze(1)? + 1.)?)?;
+        let want = want.broadcast_add(&shift.unsqueeze(1)?)?;
+        near(&layer_norm_modulated(&x, &scale, &shift, 1e-6)?, &want)?;
+        assert!(layer_norm_modulated(&x, &scale, &emb, 1e-6).is_err());
+        Ok(())
+    }
+
+    #[test]
+    fn groups_equal_candle() -> mmgp_quant::Result<()> {
+        let dev = Device::Cpu;
+        let rand = |s: &[usize]| Tensor::randn(0.5f32, 1.5, s, &dev);
+        let (w, b, x) = (rand(&[12])?, rand(&[12])?, rand(&[2, 12, 5, 7])?);
+        let source = MemorySource::new(&dev).with("weight", w.clone()).with("bias", b.clone());
+        let weights = Weights::new(source);
+        let ours = GroupNorm::new(&weights, 3, 12, 1e-6)?;
+        let theirs = candle_nn::GroupNorm::new(w, b, 12, 3, 1e-6)?;
+        let want = candle_nn::Module::forward(&theirs, &x)?;
+        near(&ours.forward(&x)?, &want)?;
+        near(&ours.forward_silu(&x)?, &want.silu()?)?;
+        assert!(GroupNorm::new(&weights, 5, 12, 1e-6).is_err());
+        Ok(())
+    }
+}

@@ -1,0 +1,92 @@
+//! The pipelines there are: `_class_name` of a folder's `model_index.json` decides.
+//!
+//! A new family is one folder beside `flux/` and one line in [`FAMILIES`].
+
+use std::{collections::BTreeMap, path::Path};
+
+use mmgp_residency::Pager;
+use serde_json::Value;
+
+use crate::{Error, Pipeline, Result, flux::FluxPipeline};
+
+/// Opens a pipeline's folder, given its `model_index.json`.
+type Open = fn(&Path, &ModelIndex, &Pager) -> Result<Box<dyn Pipeline>>;
+
+const FAMILIES: &[(&str, Open)] =
+    &[("FluxPipeline", |dir, index, pager| Ok(Box::new(FluxPipeline::open(dir, index, pager)?)))];
+
+/// A folder's `model_index.json`: which class stands in which subfolder.
+#[derive(Debug)]
+pub struct ModelIndex {
+    file: std::path::PathBuf,
+    entries: BTreeMap<String, Value>,
+}
+
+impl ModelIndex {
+    /// Reads it.
+    ///
+    /// # Errors
+    /// A folder without one, or a file that is no JSON object.
+    pub fn read(dir: &Path) -> Result<Self> {
+        let file = dir.join("model_index.json");
+        if !file.is_file() {
+            return Err(Error::Input(format!(
+                "{}: no pipeline here: expected a folder with a `model_index.json` (diffusers' \
+                 layout), found {}",
+                dir.display(),
+                if dir.is_dir() { "a folder without one" } else { "no such folder" }
+            )));
+        }
+        let entries = mmgp_io::read_json(&file)?;
+        Ok(Self { file, entries })
+    }
+
+    /// The pipeline's class.
+    ///
+    /// # Errors
+    /// A file that names none.
+    pub fn class(&self) -> Result<&str> {
+        self.entries
+            .get("_class_name")
+            .and_then(Value::as_str)
+            .ok_or_else(|| self.wrong("_class_name", "the name of a pipeline class"))
+    }
+
+    /// Checks that the part `name` is of one of `classes`.
+    ///
+    /// # Errors
+    /// A part that is absent or of another class.
+    pub fn expect(&self, name: &str, classes: &[&str]) -> Result<()> {
+        let class = self.entries.get(name).and_then(|part| part.get(1)).and_then(Value::as_str);
+        match class {
+            Some(class) if classes.contains(&class) => Ok(()),
+            _ => Err(self.wrong(name, &classes.join(" or "))),
+        }
+    }
+
+    fn wrong(&self, key: &str, expected: &str) -> Error {
+        let found = self.entries.get(key);
+        Error::Config {
+            file: self.file.clone(),
+            key: key.into(),
+            expected: expected.into(),
+            found: found.map_or("nothing".into(), Value::to_string),
+        }
+    }
+}
+
+/// Opens the pipeline in `dir` over `pager`. Reads configs, tokenizers and headers, no weights.
+///
+/// # Errors
+/// Anything in the folder that is missing, malformed or of an unknown class.
+pub fn open_pipeline(dir: &Path, pager: &Pager) -> Result<Box<dyn Pipeline>> {
+    let index = ModelIndex::read(dir)?;
+    let class = index.class()?;
+    match FAMILIES.iter().find(|(name, _)| *name == class) {
+        Some((_, open)) => open(dir, &index, pager),
+        None => {
+            let known: Vec<_> = FAMILIES.iter().map(|(name, _)| *name).collect();
+            Err(index.wrong("_class_name", &format!("one of {}", known.join(", "))))
+        }
+    }
+}

@@ -1,0 +1,4 @@
+//! Autoencoders: from pictures to latents and back.
+
+pub mod kl;
+mod kl_parts;

@@ -1,0 +1,248 @@
+//! `mmgp generate`: a prompt becomes pictures.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::atomic::Ordering,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, bail};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use mmgp::{Budget, Event, Names, Offload, Pipeline, Request, process_peak};
+
+/// Draw pictures from a prompt.
+///
+/// Without --model, the small pipeline that comes with mmgp draws: it knows sixteen emoji, such as
+/// "red heart", "rocket", "cat face", "pizza", "penguin". What is not given is taken from the
+/// pipeline.
+#[derive(clap::Args)]
+#[command(after_help = "\
+Examples:
+  mmgp generate \"red heart\"
+  mmgp generate \"a picture of a rocket\" --count 4 --seed 7
+  mmgp generate \"a lighthouse at dusk\" --model ~/models/FLUX.1-dev --budget 8GB --out lighthouse.png
+
+Budgets bound the weights in memory at one moment: 6MB, 1.5GB, 25% (of all weights), min, unlimited,
+or auto (unlimited if that fits half of the memory that is free). The picture is the same under all.")]
+pub(crate) struct Args {
+    /// What to draw
+    prompt: String,
+
+    /// A pipeline's folder in diffusers' layout (with a model_index.json)
+    #[arg(long, value_name = "DIR")]
+    model: Option<PathBuf>,
+
+    /// Seed of the noise; the same seed draws the same noise as in diffusers. Picture i uses seed + i
+    #[arg(long, default_value_t = 42)]
+    seed: u64,
+
+    /// Denoising steps
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..=10_000))]
+    steps: Option<u64>,
+
+    /// Width in pixels
+    #[arg(long, value_name = "PIXELS")]
+    width: Option<usize>,
+
+    /// Height in pixels
+    #[arg(long, value_name = "PIXELS")]
+    height: Option<usize>,
+
+    /// Guidance scale, for models that have a guidance embedding
+    #[arg(long, value_name = "SCALE")]
+    guidance: Option<f64>,
+
+    /// Tokens of the prompt that the long text encoder sees
+    #[arg(long, value_name = "TOKENS")]
+    max_sequence_length: Option<usize>,
+
+    /// Limit on all weights in memory at one moment: 6MB, 25%, min, unlimited or auto
+    #[arg(long)]
+    budget: Option<String>,
+
+    /// The file to write (.png; overwritten if it exists), or a folder [default: named after the
+    /// prompt, never overwriting]
+    #[arg(long, value_name = "FILE")]
+    out: Option<PathBuf>,
+
+    /// How many pictures
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..))]
+    count: u64,
+
+    /// Print neither plan nor progress nor report
+    #[arg(long, short)]
+    quiet: bool,
+}
+
+pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
+    let mut names = match &args.out {
+        Some(out) => Names::at(out, &args.prompt)?,
+        None => Names::of_prompt(&args.prompt),
+    };
+    let dir = match &args.model {
+        Some(dir) => dir.clone(),
+        None => demo()?,
+    };
+    let mut offload = Offload::builder().build()?;
+    let mut pipeline = offload.pipeline(&dir)?;
+    let request = request(args, &*pipeline);
+    pipeline.check(&request).map_err(mmgp::Error::from)?;
+    warn_unused(&*pipeline);
+
+    let budget = args.budget.as_ref().or(pipeline.defaults().budget.as_ref());
+    if let Some(budget) = budget {
+        offload.set_budget(budget.parse::<Budget>().map_err(mmgp::Error::from)?);
+    }
+    let plan = offload.plan()?;
+    if !args.quiet {
+        eprintln!("{plan}");
+    }
+    stop_on_signal(&offload)?;
+
+    for i in 0..args.count {
+        let request = Request { seed: request.seed.wrapping_add(i), ..request.clone() };
+        let mut progress = Progress::new(args.quiet);
+        let picture = pipeline.generate(&request, &mut |event| progress.tell(&event));
+        progress.finish();
+        let picture = picture.map_err(mmgp::Error::from)?;
+        let path = names.write(&picture, &text(&*pipeline, &request))?;
+        println!("wrote {} (latents {})", path.display(), hash(&picture.latents));
+    }
+    if !args.quiet {
+        eprintln!("{}", offload.report());
+        if let Some(peak) = process_peak() {
+            eprintln!("the process' memory peaked at {peak}");
+        }
+    }
+    Ok(())
+}
+
+fn request(args: &Args, pipeline: &dyn Pipeline) -> Request {
+    let mut request = pipeline.defaults().request(&args.prompt);
+    request.seed = args.seed;
+    request.steps = args.steps.map_or(request.steps, |steps| steps as usize);
+    request.width = args.width.unwrap_or(request.width);
+    request.height = args.height.unwrap_or(request.height);
+    request.guidance = args.guidance.unwrap_or(request.guidance);
+    request.max_sequence_length = args.max_sequence_length.unwrap_or(request.max_sequence_length);
+    request
+}
+
+/// The pipeline that comes with mmgp: beside its source, or where it is installed.
+fn demo() -> anyhow::Result<PathBuf> {
+    const NAME: &str = "tiny-flux";
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../assets").join(NAME);
+    let beside = std::env::current_exe()
+        .ok()
+        .and_then(|exe| Some(exe.parent()?.parent()?.join("share/mmgp").join(NAME)));
+    let data = std::env::var_os("XDG_DATA_HOME")
+        .map(PathBuf::from)
+        .or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".local/share")))
+        .map(|data| data.join("mmgp").join(NAME));
+    let places: Vec<PathBuf> = [Some(source), beside, data].into_iter().flatten().collect();
+    match places.iter().find(|dir| dir.join("model_index.json").is_file()) {
+        Some(dir) => Ok(dir.canonicalize().with_context(|| dir.display().to_string())?),
+        None => {
+            let places: Vec<_> = places.iter().map(|p| p.display().to_string()).collect();
+            bail!(
+                "the demo pipeline is not installed (looked in {}); name a pipeline with --model DIR",
+                places.join(", ")
+            )
+        }
+    }
+}
+
+fn warn_unused(pipeline: &dyn Pipeline) {
+    let unused = pipeline.unused();
+    for (model, tensor) in unused.iter().take(8) {
+        eprintln!("warning: {model}: tensor `{tensor}` is in the file, but no part of the model uses it");
+    }
+    if unused.len() > 8 {
+        eprintln!("warning: and {} more tensors that nothing uses", unused.len() - 8);
+    }
+}
+
+/// The first Ctrl-C stops at the next block, the second at once.
+fn stop_on_signal(offload: &Offload) -> anyhow::Result<()> {
+    let cancel = offload.cancel_flag();
+    ctrlc::set_handler(move || {
+        if cancel.swap(true, Ordering::Relaxed) {
+            std::process::exit(130);
+        }
+        eprintln!("\nstopping after this block; again to stop at once");
+    })
+    .context("cannot listen for Ctrl-C")
+}
+
+/// What goes into the file: what decides its pixels, nothing that depends on the plan.
+fn text(pipeline: &dyn Pipeline, request: &Request) -> Vec<(&'static str, String)> {
+    let recipe: Vec<_> = pipeline.recipe(request).iter().map(|(k, v)| format!("{k}: {v}")).collect();
+    vec![
+        ("Software", format!("mmgp {}", env!("CARGO_PKG_VERSION"))),
+        ("prompt", request.prompt.clone()),
+        ("seed", request.seed.to_string()),
+        ("recipe", recipe.join("; ")),
+    ]
+}
+
+/// BLAKE3 of the latents' little-endian f32, the first 128 bits.
+fn hash(latents: &[f32]) -> String {
+    let mut hasher = blake3::Hasher::new();
+    for value in latents {
+        hasher.update(&value.to_le_bytes());
+    }
+    hasher.finalize().to_hex()[..32].to_string()
+}
+
+/// A bar per denoising run, with seconds per step.
+struct Progress {
+    bar: ProgressBar,
+    step: Option<Instant>,
+    last: Duration,
+}
+
+impl Progress {
+    fn new(quiet: bool) -> Self {
+        let target = if quiet { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
+        let bar = ProgressBar::with_draw_target(None, target);
+        Self { bar, step: None, last: Duration::ZERO }
+    }
+
+    fn tell(&mut self, event: &Event) {
+        match event {
+            Event::Encoding => self.bar.set_message("encoding the prompt"),
+            Event::Cut { encoder, limit, text } => self.bar.suspend(|| {
+                eprintln!(
+                    "warning: the prompt is longer than the {limit} tokens that {encoder} sees; cut: {text:?}"
+                );
+            }),
+            Event::Step { index, of } => {
+                if let Some(begun) = self.step.replace(Instant::now()) {
+                    self.last = begun.elapsed();
+                } else if let Ok(style) =
+                    ProgressStyle::with_template("{bar:30} step {pos}/{len}  {msg}  {elapsed_precise}")
+                {
+                    self.bar.set_style(style);
+                    self.bar.set_length(*of as u64);
+                }
+                self.bar.set_position(*index as u64);
+                if *index > 0 {
+                    self.bar.set_message(format!("{:.2} s/step", self.last.as_secs_f64()));
+                }
+            }
+            Event::Decoding => {
+                if let Some(begun) = self.step.take() {
+                    self.last = begun.elapsed();
+                }
+                self.bar.set_position(self.bar.length().unwrap_or(0));
+                let last = self.last.as_secs_f64();
+                self.bar.set_message(format!("{last:.2} s/step, decoding"));
+            }
+            _ => {}
+        }
+    }
+
+    fn finish(&self) {
+        self.bar.finish_and_clear();
+    }
+}
