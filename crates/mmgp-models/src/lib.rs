@@ -37,8 +37,12 @@ mod error;
 pub mod flux;
 pub mod nn;
 pub mod noise;
+mod pipeline;
+mod registry;
 pub mod schedulers;
 pub mod text;
 pub mod vae;
 
 pub use error::{Error, Result};
+pub use pipeline::{Defaults, Event, Picture, Pipeline, Recipe, Request};
+pub use registry::{ModelIndex, open_pipeline};

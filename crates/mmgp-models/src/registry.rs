@@ -2,7 +2,10 @@
 //!
 //! A new family is one folder beside `flux/` and one line in [`FAMILIES`].
 
-use std::{collections::BTreeMap, path::Path};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
 
 use mmgp_residency::Pager;
 use serde_json::Value;
@@ -18,7 +21,7 @@ const FAMILIES: &[(&str, Open)] =
 /// A folder's `model_index.json`: which class stands in which subfolder.
 #[derive(Debug)]
 pub struct ModelIndex {
-    file: std::path::PathBuf,
+    file: PathBuf,
     entries: BTreeMap<String, Value>,
 }
 
@@ -52,15 +55,23 @@ impl ModelIndex {
             .ok_or_else(|| self.wrong("_class_name", "the name of a pipeline class"))
     }
 
-    /// Checks that the part `name` is of one of `classes`.
+    /// Checks that the part `name`, whose config is the file `config` in its folder, is of one of
+    /// `classes`, and returns the config's path.
     ///
     /// # Errors
     /// A part that is absent or of another class.
-    pub fn expect(&self, name: &str, classes: &[&str]) -> Result<()> {
+    pub fn part(&self, name: &str, config: &str, classes: &[&str]) -> Result<PathBuf> {
         let class = self.entries.get(name).and_then(|part| part.get(1)).and_then(Value::as_str);
-        match class {
-            Some(class) if classes.contains(&class) => Ok(()),
-            _ => Err(self.wrong(name, &classes.join(" or "))),
+        if !class.is_some_and(|class| classes.contains(&class)) {
+            return Err(self.wrong(name, &classes.join(" or ")));
+        }
+        let file = self.file.with_file_name(name).join(config);
+        let own = Self { entries: mmgp_io::read_json(&file)?, file: file.clone() };
+        match own.entries.get("_class_name").and_then(Value::as_str) {
+            Some(class) if !classes.contains(&class) => {
+                Err(own.wrong("_class_name", &classes.join(" or ")))
+            }
+            _ => Ok(file),
         }
     }
 

@@ -163,16 +163,23 @@ mod tests {
         let text = [("prompt", "red ♥".to_string())];
         let paths: Vec<_> = (0..3).map(|_| names.write(&picture(), &text).unwrap()).collect();
         let name = |i: usize| paths[i].file_name().unwrap().to_str().unwrap();
-        assert_eq!((name(0), name(1), name(2)), ("red-heart.png", "red-heart-2.png", "red-heart-3.png"));
+        assert_eq!(
+            (name(0), name(1), name(2)),
+            ("red-heart.png", "red-heart-2.png", "red-heart-3.png")
+        );
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 3, "no temporary file is left");
 
-        let decoder = png::Decoder::new(io::BufReader::new(std::fs::File::open(&paths[0]).unwrap()));
+        let decoder =
+            png::Decoder::new(io::BufReader::new(std::fs::File::open(&paths[0]).unwrap()));
         let mut reader = decoder.read_info().unwrap();
         let mut rgb = vec![0; 6];
         reader.next_frame(&mut rgb).unwrap();
         assert_eq!(rgb, picture().rgb);
         let chunk = &reader.info().utf8_text[0];
-        assert_eq!((chunk.keyword.as_str(), chunk.get_text().unwrap().as_str()), ("prompt", "red ♥"));
+        assert_eq!(
+            (chunk.keyword.as_str(), chunk.get_text().unwrap().as_str()),
+            ("prompt", "red ♥")
+        );
     }
 
     #[test]

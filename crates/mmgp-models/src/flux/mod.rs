@@ -7,8 +7,10 @@
 mod blocks;
 mod config;
 pub mod latents;
+mod pipeline;
 mod transformer;
 
 pub use blocks::{DoubleBlock, SingleBlock};
 pub use config::FluxConfig;
+pub use pipeline::FluxPipeline;
 pub use transformer::{FluxInputs, FluxTransformer};

@@ -5,7 +5,7 @@
 
 use candle_core::{Result as CandleResult, Tensor};
 use mmgp_quant::{Bias, Linear, Weights};
-use mmgp_residency::{ModelBuilder, Paged};
+use mmgp_residency::{ModelBuilder, Paged, Pager};
 
 use crate::{
     Error, Result,
@@ -113,6 +113,11 @@ impl FluxTransformer {
     /// Stored tensors that the model does not use.
     pub fn unused(&self) -> &[String] {
         self.model.unused()
+    }
+
+    /// The pager that the model belongs to.
+    pub fn pager(&self) -> &Pager {
+        self.model.pager()
     }
 
     /// The number of blocks.

@@ -155,7 +155,9 @@ fn demo() -> anyhow::Result<PathBuf> {
 fn warn_unused(pipeline: &dyn Pipeline) {
     let unused = pipeline.unused();
     for (model, tensor) in unused.iter().take(8) {
-        eprintln!("warning: {model}: tensor `{tensor}` is in the file, but no part of the model uses it");
+        eprintln!(
+            "warning: {model}: tensor `{tensor}` is in the file, but no part of the model uses it"
+        );
     }
     if unused.len() > 8 {
         eprintln!("warning: and {} more tensors that nothing uses", unused.len() - 8);
@@ -176,7 +178,8 @@ fn stop_on_signal(offload: &Offload) -> anyhow::Result<()> {
 
 /// What goes into the file: what decides its pixels, nothing that depends on the plan.
 fn text(pipeline: &dyn Pipeline, request: &Request) -> Vec<(&'static str, String)> {
-    let recipe: Vec<_> = pipeline.recipe(request).iter().map(|(k, v)| format!("{k}: {v}")).collect();
+    let recipe: Vec<_> =
+        pipeline.recipe(request).iter().map(|(k, v)| format!("{k}: {v}")).collect();
     vec![
         ("Software", format!("mmgp {}", env!("CARGO_PKG_VERSION"))),
         ("prompt", request.prompt.clone()),
@@ -203,7 +206,8 @@ struct Progress {
 
 impl Progress {
     fn new(quiet: bool) -> Self {
-        let target = if quiet { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
+        let target =
+            if quiet { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
         let bar = ProgressBar::with_draw_target(None, target);
         Self { bar, step: None, last: Duration::ZERO }
     }
