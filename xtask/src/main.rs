@@ -1,2 +1,33 @@
-//! Chores.
-fn main() {}
+//! The project's chores, as `cargo xtask …`.
+//!
+//! Every chore is a short list of cargo's own commands. What needs the library's crates lives in a
+//! package of its own and is run from here, so that this one builds in seconds.
+#![forbid(unsafe_code)]
+
+mod bench;
+mod ci;
+mod step;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about = "The project's chores")]
+struct Cli {
+    #[command(subcommand)]
+    chore: Chore,
+}
+
+#[derive(Subcommand)]
+enum Chore {
+    /// Everything that CI checks, in one command.
+    Ci(ci::Args),
+    /// The benches, and one table of ratios, written to target/bench/ratios.md
+    Bench,
+}
+
+fn main() -> anyhow::Result<()> {
+    match Cli::parse().chore {
+        Chore::Ci(args) => ci::run(&args),
+        Chore::Bench => bench::run(),
+    }
+}
