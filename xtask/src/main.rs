@@ -6,6 +6,7 @@
 
 mod bench;
 mod ci;
+mod memory;
 mod step;
 
 use clap::{Parser, Subcommand};
@@ -23,11 +24,14 @@ enum Chore {
     Ci(ci::Args),
     /// The benches, and one table of ratios, written to target/bench/ratios.md
     Bench,
+    /// What runs under several budgets need, seen from outside the process.
+    Memory(memory::Args),
 }
 
 fn main() -> anyhow::Result<()> {
     match Cli::parse().chore {
         Chore::Ci(args) => ci::run(&args),
         Chore::Bench => bench::run(),
+        Chore::Memory(args) => memory::run(&args),
     }
 }
