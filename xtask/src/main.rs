@@ -8,6 +8,8 @@ mod bench;
 mod ci;
 mod step;
 
+use std::{ffi::OsString, process::Command};
+
 use clap::{Parser, Subcommand};
 
 #[derive(Parser)]
@@ -23,11 +25,23 @@ enum Chore {
     Ci(ci::Args),
     /// The benches, and one table of ratios, written to target/bench/ratios.md
     Bench,
+    /// Writes a pipeline's folder of random weights in true shapes; `synth --help` says more
+    #[command(disable_help_flag = true)]
+    Synth {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<OsString>,
+    },
 }
 
 fn main() -> anyhow::Result<()> {
     match Cli::parse().chore {
         Chore::Ci(args) => ci::run(&args),
         Chore::Bench => bench::run(),
+        Chore::Synth { args } => step::run("synth", synth().args(args)).map(drop),
     }
+}
+
+/// The package that knows the models.
+fn synth() -> Command {
+    step::cargo(&["run", "--quiet", "--release", "--package", "mmgp-synth", "--"])
 }
