@@ -26,28 +26,22 @@ enum Chore {
     Ci(ci::Args),
     /// The benches, and one table of ratios, written to target/bench/ratios.md
     Bench,
-<<<<<<< HEAD
     /// What runs under several budgets need, seen from outside the process.
     Memory(memory::Args),
-=======
     /// Writes a pipeline's folder of random weights in true shapes; `synth --help` says more
     #[command(disable_help_flag = true)]
     Synth {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<OsString>,
     },
->>>>>>> tools
 }
 
 fn main() -> anyhow::Result<()> {
     match Cli::parse().chore {
         Chore::Ci(args) => ci::run(&args),
         Chore::Bench => bench::run(),
-<<<<<<< HEAD
         Chore::Memory(args) => memory::run(&args),
-=======
         Chore::Synth { args } => step::run("synth", synth().args(args)).map(drop),
->>>>>>> tools
     }
 }
 
