@@ -318,7 +318,10 @@ impl Pager {
             tracing::error!("{}: unbinding failed: {error}", model.name);
             slot.phase = Phase::Empty;
         }
-        self.fetch_ahead(&mut state, at);
+        // The stem is given back when the pass is over: what comes next is another pass.
+        let last = model.blocks.len() - 1;
+        let now = if at.block == 0 { At { block: last, ..at } } else { at };
+        self.fetch_ahead(&mut state, now);
     }
 
     /// Starts the fetch of a block that is needed now, giving back what other models hold.

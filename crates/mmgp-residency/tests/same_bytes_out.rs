@@ -64,6 +64,23 @@ fn budget_of(bytes: Bytes) -> Budgets {
 }
 
 #[test]
+fn nothing_is_fetched_in_vain_by_a_first_run() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.safetensors");
+    write(&path, 6, 3);
+    for budget in [Budget::Min, Budget::Percent(60.), Budget::Unlimited] {
+        let pager = Pager::new(&Device::Cpu).unwrap();
+        let (first, second) = (build(&pager, "first", &path, 6), build(&pager, "second", &path, 6));
+        pager.plan(budget).unwrap();
+        run(&first).unwrap();
+        run(&second).unwrap();
+        for model in pager.report().models {
+            assert_eq!(model.read, model.disk, "{} at {budget}", model.name);
+        }
+    }
+}
+
+#[test]
 fn fetching_ahead_is_learned_across_passes_and_models() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("a.safetensors");
