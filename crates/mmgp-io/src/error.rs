@@ -112,6 +112,16 @@ pub enum Error {
         /// The limit in bytes.
         limit: u64,
     },
+    /// The disk has no room for the file. Nothing was written.
+    #[error("{}: needs {needed} bytes on a disk with {free} free; make room or name another folder", path.display())]
+    NoSpace {
+        /// The file that was to be written.
+        path: PathBuf,
+        /// Its size.
+        needed: u64,
+        /// What the disk has left for this user.
+        free: u64,
+    },
     /// The file to be written exists and must not be replaced.
     #[error("{}: exists already; choose another path, or allow overwriting", path.display())]
     Exists {
@@ -133,6 +143,7 @@ impl Error {
             | Self::MissingTensor { path, .. }
             | Self::Json { path, .. }
             | Self::TooLarge { path, .. }
+            | Self::NoSpace { path, .. }
             | Self::Exists { path } => path,
             Self::Malformed(fault) => &fault.path,
             Self::MissingShard { index, .. } => index,

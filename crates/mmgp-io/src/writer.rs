@@ -85,12 +85,30 @@ impl Writer {
         metadata: &BTreeMap<String, String>,
         overwrite: Overwrite,
     ) -> Result<Self> {
+        Self::create_aligned(path, specs, metadata, overwrite, 8)
+    }
+
+    /// [`create`](Self::create), with the first tensor at a multiple of `align` bytes in the file: the header is padded with spaces,
+    /// since the format allows no gaps between tensors.
+    ///
+    /// # Errors
+    /// Those of [`create`](Self::create).
+    pub fn create_aligned(
+        path: impl AsRef<Path>,
+        specs: &[TensorSpec],
+        metadata: &BTreeMap<String, String>,
+        overwrite: Overwrite,
+        align: usize,
+    ) -> Result<Self> {
         let path = path.as_ref();
         let plan = plan(path, specs)?;
-        let header = header(path, specs, &plan, metadata)?;
+        let header = header(path, specs, &plan, metadata, align)?;
         if overwrite == Overwrite::No && path.symlink_metadata().is_ok() {
             return Err(Error::Exists { path: path.into() });
         }
+        sweep(path);
+        let needed = header.len() as u64 + plan.iter().map(|(_, len)| len).sum::<u64>();
+        enough_space(path, needed)?;
         let mut writer = Self {
             path: path.to_path_buf(),
             overwrite,
@@ -222,12 +240,9 @@ impl Sealed {
 
 /// A new file beside `path`, with the permissions any new file gets.
 fn temporary(path: &Path) -> Result<NamedTempFile> {
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    // Long names leave no room for more.
-    let prefix: String = name.chars().take(40).collect();
-    let prefix = format!(".{prefix}.");
+    let prefix = prefix(path);
     let mut builder = tempfile::Builder::new();
-    builder.prefix(&prefix).suffix(".tmp");
+    builder.prefix(&prefix).suffix(SUFFIX);
     #[cfg(unix)]
     let permissions = {
         use std::os::unix::fs::PermissionsExt as _;
@@ -235,7 +250,47 @@ fn temporary(path: &Path) -> Result<NamedTempFile> {
     };
     #[cfg(unix)]
     builder.permissions(permissions);
-    builder.tempfile_in(folder(path)).map_err(|e| Error::io(path, "create a file beside it", e))
+    let file = builder
+        .tempfile_in(folder(path))
+        .map_err(|e| Error::io(path, "create a file beside it", e))?;
+    // Tells it from the leftovers of a process that was killed; a file system without locks has none.
+    let _ = file.as_file().try_lock();
+    Ok(file)
+}
+
+/// Removes what processes that were killed left of earlier attempts to write `path`. What another process is writing is locked.
+fn sweep(path: &Path) {
+    let prefix = prefix(path);
+    let entries = std::fs::read_dir(folder(path)).into_iter().flatten().flatten();
+    for entry in entries {
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        let middle = name.strip_prefix(&prefix).and_then(|rest| rest.strip_suffix(SUFFIX));
+        if middle.is_some_and(|m| m.len() == 6 && m.chars().all(|c| c.is_ascii_alphanumeric()))
+            && File::open(entry.path()).is_ok_and(|file| file.try_lock().is_ok())
+        {
+            let _ = std::fs::remove_file(entry.path());
+        }
+    }
+}
+
+/// Whether the disk has room for `needed` bytes beside `path`; a file system that does not say has.
+fn enough_space(path: &Path, needed: u64) -> Result<()> {
+    let Ok(stat) = rustix::fs::statvfs(folder(path)) else { return Ok(()) };
+    let free = stat.f_bavail.saturating_mul(stat.f_frsize);
+    if free < needed {
+        return Err(Error::NoSpace { path: path.into(), needed, free });
+    }
+    Ok(())
+}
+
+const SUFFIX: &str = ".tmp";
+
+/// How the names of temporary files for `path` begin. Long names leave no room for more.
+fn prefix(path: &Path) -> String {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let name: String = name.chars().take(40).collect();
+    format!(".{name}.")
 }
 
 fn folder(path: &Path) -> &Path {
@@ -297,12 +352,13 @@ pub(crate) fn plan(path: &Path, specs: &[TensorSpec]) -> Result<Vec<(String, u64
     Ok(plan)
 }
 
-/// The header's JSON, padded with spaces to a multiple of 8 bytes.
+/// The header's JSON, padded with spaces so that what follows it starts at a multiple of `align`.
 fn header(
     path: &Path,
     specs: &[TensorSpec],
     plan: &[(String, u64)],
     metadata: &BTreeMap<String, String>,
+    align: usize,
 ) -> Result<Vec<u8>> {
     #[derive(serde::Serialize)]
     struct Info<'a> {
@@ -329,7 +385,7 @@ fn header(
         map.end()
     });
     written.map_err(|e| Error::io(path, "write the header", e.into()))?;
-    json.resize(json.len().next_multiple_of(8), b' ');
+    json.resize((8 + json.len()).next_multiple_of(align.max(1)) - 8, b' ');
     if json.len() as u64 > MAX_HEADER {
         return Err(Fault::new(
             path,

@@ -219,3 +219,50 @@ fn files_are_readable_by_whom_the_umask_allows() {
     let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode();
     assert_eq!(mode(&path), mode(&dir.path().join("plain")));
 }
+
+#[test]
+fn data_starts_where_it_was_asked_to() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("aligned.safetensors");
+    let specs = [TensorSpec::new("a", Dtype::U8, [300]), TensorSpec::new("b", Dtype::U8, [5])];
+    let mut writer =
+        Writer::create_aligned(&path, &specs, &BTreeMap::new(), Overwrite::No, 4096).unwrap();
+    writer.write("a", &[1; 300]).unwrap();
+    writer.write("b", &[2; 5]).unwrap();
+    writer.finish().unwrap();
+    let ours = Checkpoint::open(&path).unwrap();
+    assert_eq!(ours.tensor("a").unwrap().range().start % 4096, 0);
+    let bytes = fs::read(&path).unwrap();
+    let theirs = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    assert_eq!(theirs.tensor("b").unwrap().data(), [2; 5]);
+}
+
+#[test]
+fn the_next_run_removes_what_a_killed_one_left_but_not_what_another_writes() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("model.safetensors");
+    let specs = [TensorSpec::new("a", Dtype::U8, [3])];
+    let stray = dir.path().join(".model.safetensors.AbC123.tmp");
+    let other = dir.path().join(".models.safetensors.AbC123.tmp");
+    fs::write(&stray, "half").unwrap();
+    fs::write(&other, "not ours").unwrap();
+    let busy = Writer::create(&path, &specs, &BTreeMap::new(), Overwrite::No).unwrap();
+    assert!(!stray.exists() && other.exists());
+    let mut second = Writer::create(&path, &specs, &BTreeMap::new(), Overwrite::Yes).unwrap();
+    second.write("a", &[1; 3]).unwrap();
+    second.finish().unwrap();
+    drop(busy);
+    let mut left: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().path()).collect();
+    left.sort();
+    assert_eq!(left, [other, path]);
+}
+
+#[test]
+fn a_file_larger_than_the_disk_is_refused_before_anything_is_written() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("model.safetensors");
+    let specs = [TensorSpec::new("a", Dtype::U8, [1 << 58])];
+    let error = Writer::create(&path, &specs, &BTreeMap::new(), Overwrite::No).unwrap_err();
+    assert!(error.to_string().contains("model.safetensors") && error.to_string().contains("free"));
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+}
