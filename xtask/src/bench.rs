@@ -3,12 +3,12 @@
 //! Ours and the reference run in turn, and a ratio is the median over such pairs; seconds alone say
 //! more about the machine. Nothing is asserted.
 
-use std::{env, fmt::Write as _, fs, path::Path};
+use std::{fmt::Write as _, fs, path::Path};
 
 use anyhow::{Context as _, Result};
 use serde_json::Value;
 
-use crate::step::{self, cargo, root};
+use crate::step::{self, cargo, target};
 
 /// What is compared, and the folder in which its bench leaves what it measured.
 const RATIOS: &[(&str, &str)] = &[
@@ -29,8 +29,7 @@ const RATIOS: &[(&str, &str)] = &[
 
 /// Runs the benches, prints the table and writes it to `target/bench/ratios.md`.
 pub(crate) fn run() -> Result<()> {
-    let target = env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), Into::into);
-    let dir = root().join(target).join("bench");
+    let dir = target().join("bench");
     let measured = dir.join("criterion");
     // What an earlier run measured must not end up in this one's table.
     if measured.exists() {

@@ -41,11 +41,19 @@ fn main() -> anyhow::Result<()> {
         Chore::Ci(args) => ci::run(&args),
         Chore::Bench => bench::run(),
         Chore::Memory(args) => memory::run(&args),
-        Chore::Synth { args } => step::run("synth", synth().args(args)).map(drop),
+        Chore::Synth { args } => synth(&args),
     }
 }
 
-/// The package that knows the models.
-fn synth() -> Command {
-    step::cargo(&["run", "--quiet", "--release", "--package", "mmgp-synth", "--"])
+/// Runs the package that knows the models.
+fn synth(args: &[OsString]) -> anyhow::Result<()> {
+    // Not `cargo run --package`: over the whole workspace, dependencies are those that are built
+    // already for the tests.
+    let mut build = step::cargo(&["build", "--release", "--workspace", "--bin", "mmgp-synth"]);
+    step::run("build", &mut build)?;
+    let status = Command::new(step::target().join("release/mmgp-synth")).args(args).status()?;
+    match status.success() {
+        true => Ok(()),
+        false => std::process::exit(status.code().unwrap_or(1)),
+    }
 }

@@ -15,6 +15,12 @@ pub(crate) fn root() -> PathBuf {
     here.parent().unwrap_or(here).to_path_buf()
 }
 
+/// Where cargo builds.
+pub(crate) fn target() -> PathBuf {
+    let dir = env::var_os("CARGO_TARGET_DIR").map_or_else(|| "target".into(), PathBuf::from);
+    root().join(dir)
+}
+
 /// Cargo with these arguments, in the workspace's root.
 pub(crate) fn cargo(args: &[&str]) -> Command {
     // The cargo that runs us, so that `cargo +nightly xtask` means what it says.

@@ -70,9 +70,11 @@ pub fn make<E>(
         piece[..2 * count].par_chunks_mut(2 * TASK).enumerate().for_each(|(task, bytes)| {
             let start = (first + task * TASK) as u64;
             for (i, pair) in bytes.chunks_mut(4).enumerate() {
-                let bits = mix(stream.wrapping_add(start / 2 + i as u64));
-                for (value, bits) in pair.chunks_mut(2).zip([bits as u32, (bits >> 32) as u32]) {
-                    value.copy_from_slice(&table[sum_of_bytes(bits)]);
+                let [a, b] = sums_of_bytes(mix(stream.wrapping_add(start / 2 + i as u64)));
+                let values = u32::from(table[a]) | u32::from(table[b]) << 16;
+                match pair.first_chunk_mut::<4>() {
+                    Some(pair) => *pair = values.to_le_bytes(),
+                    None => pair.copy_from_slice(&values.to_le_bytes()[..pair.len()]),
                 }
             }
         });
@@ -82,21 +84,25 @@ pub fn make<E>(
     Ok(())
 }
 
-/// The sum of four random bytes is nearly normal: the value that each sum stands for.
-fn table(normal: Normal) -> Vec<[u8; 2]> {
+/// The largest sum of four bytes.
+const SUM: usize = 4 * 255;
+
+/// The sum of four random bytes is nearly normal: the bits of the bf16 value that each stands for.
+fn table(normal: Normal) -> [u16; SUM + 1] {
     // Of four numbers that are evenly spread over 0..=255.
-    let (middle, deviation) = (2. * 255., (4. * (256f64 * 256. - 1.) / 12.).sqrt());
-    (0..=4 * 255)
-        .map(|sum| {
-            let value = (f64::from(sum) - middle) / deviation * normal.deviation + normal.mean;
-            bf16::from_f64(value).to_le_bytes()
-        })
-        .collect()
+    let (middle, deviation) = (SUM as f64 / 2., (4. * (256f64 * 256. - 1.) / 12.).sqrt());
+    std::array::from_fn(|sum| {
+        let value = (sum as f64 - middle) / deviation * normal.deviation + normal.mean;
+        bf16::from_f64(value).to_bits()
+    })
 }
 
-fn sum_of_bytes(bits: u32) -> usize {
-    let pairs = (bits & 0x00ff_00ff) + ((bits >> 8) & 0x00ff_00ff);
-    ((pairs & 0xffff) + (pairs >> 16)) as usize
+/// The sums of the four low and the four high bytes, each at most [`SUM`].
+fn sums_of_bytes(bits: u64) -> [usize; 2] {
+    const LANES: u64 = 0x00ff_00ff_00ff_00ff;
+    let pairs = (bits & LANES) + ((bits >> 8) & LANES);
+    let sums = pairs + (pairs >> 16);
+    [(sums & 0x3ff) as usize, (sums >> 32 & 0x3ff) as usize]
 }
 
 /// Where a tensor's numbers begin (FNV-1a of its name, mixed with the seed).
