@@ -26,11 +26,15 @@ mod format;
 mod formats;
 mod kernels;
 mod linear;
+mod low_rank;
 mod side;
+mod target;
 mod weights;
 
 pub use error::{Error, Result};
 pub use format::{Format, QuantTensor, formats};
 pub use linear::{Bias, Linear};
+pub use low_rank::{Band, add_low_rank};
 pub use side::{Side, SideSlot};
+pub use target::{Target, TargetPart};
 pub use weights::{Form, MemorySource, Part, Source, Stored, Weights, join_parts};

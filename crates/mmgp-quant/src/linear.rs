@@ -4,7 +4,10 @@ use std::fmt;
 
 use candle_core::{Module, Tensor};
 
-use crate::{Error, Form, Part, QuantTensor, Result, SideSlot, Weights, formats, join_parts};
+use crate::{
+    Error, Form, Part, QuantTensor, Result, SideSlot, Target, TargetPart, Weights, formats,
+    join_parts,
+};
 
 /// Whether a layer has a bias.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,7 +65,16 @@ impl Linear {
             }
             Bias::No => None,
         };
-        Ok(Self { weight, bias, side: SideSlot::default(), inputs, outputs })
+        let side = SideSlot::default();
+        let mut row = 0;
+        let stored = rows.iter().zip(layers).map(|(part, &(_, rows))| {
+            let name = part.name.strip_suffix(".weight").unwrap_or(&part.name).to_string();
+            row += rows;
+            TargetPart { name, row: row - rows, rows }
+        });
+        let parts = stored.collect();
+        weights.source().register(Target { parts, inputs, outputs, side: side.clone() });
+        Ok(Self { weight, bias, side, inputs, outputs })
     }
 
     /// `[…, inputs]` in the compute dtype to `[…, outputs]`.

@@ -30,6 +30,11 @@ impl SideSlot {
         *self.0.write() = None;
     }
 
+    /// Whether there is a side in it.
+    pub fn is_taken(&self) -> bool {
+        self.0.read().is_some()
+    }
+
     /// `y` with the side added, if there is one.
     ///
     /// # Errors
@@ -46,6 +51,6 @@ impl SideSlot {
 
 impl fmt::Debug for SideSlot {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "SideSlot({})", if self.0.read().is_some() { "taken" } else { "empty" })
+        write!(f, "SideSlot({})", if self.is_taken() { "taken" } else { "empty" })
     }
 }

@@ -9,7 +9,7 @@ use std::{collections::HashMap, fmt, sync::Arc};
 use candle_core::{DType, Device, Tensor};
 use mmgp_io::Dtype;
 
-use crate::{Bias, Error, Linear, Result};
+use crate::{Bias, Error, Linear, Result, Target};
 
 /// What a source knows about a stored tensor without reading it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -64,6 +64,10 @@ pub trait Source: Send + Sync {
 
     /// Names the files, for messages.
     fn origin(&self) -> String;
+
+    /// Hears of each linear layer once it is opened. A source that adapters may change keeps them;
+    /// one that stands before another passes them on.
+    fn register(&self, _target: Target) {}
 }
 
 /// A path into a [`Source`], handed to the constructors of modules.

@@ -12,11 +12,11 @@ use std::{
 use candle_core::{DType, Device as Candle, Shape, Tensor};
 use candle_nn::{Init, VarBuilder, var_builder::SimpleBackend};
 use mmgp_io::{Checkpoint, Dtype, TensorView};
-use mmgp_quant::{Form, Part, Source, Stored, Weights, join_parts};
+use mmgp_quant::{Form, Part, Source, Stored, Target, Weights, join_parts};
 use parking_lot::Mutex;
 
 use crate::{
-    BlockImage, Error, ImageTensor, Paged, Pager, Result, Segment, pager::NewBlock,
+    BlockImage, BlockTarget, Error, ImageTensor, Paged, Pager, Result, Segment, pager::NewBlock,
     placeholder::placeholder,
 };
 
@@ -56,6 +56,7 @@ impl ModelBuilder {
                 known: HashMap::new(),
                 asked: HashSet::new(),
                 last: None,
+                targets: Vec::new(),
             }),
             requested: Mutex::default(),
         };
@@ -133,7 +134,7 @@ impl ModelBuilder {
             })
             .collect();
         let disk = files.map_or(0, |checkpoint| checkpoint.bytes());
-        let id = self.pager.add(self.shared.model.clone(), disk, paged);
+        let id = self.pager.add(self.shared.model.clone(), disk, paged, drafts.targets);
         Ok(Paged::new(self.pager, id, stem, blocks, unused))
     }
 
@@ -221,6 +222,7 @@ struct Drafts {
     known: HashMap<(Vec<String>, DType), (usize, Tensor)>,
     asked: HashSet<String>,
     last: Option<String>,
+    targets: Vec<BlockTarget>,
 }
 
 struct Draft {
@@ -307,7 +309,7 @@ impl BlockSource {
             self.expect(part)?;
             self.shared.requested.lock().push((part.name.clone(), part.shape.clone()));
             if let Some(view) = self.shared.origin.view(&part.name) {
-                segments.push(Segment { source: view.clone(), element });
+                segments.push(Segment { source: view.clone(), element, stride: None });
                 element += view.elements() as usize;
             }
         }
@@ -354,6 +356,10 @@ impl Source for BlockSource {
 
     fn origin(&self) -> String {
         self.shared.origin.file_of("")
+    }
+
+    fn register(&self, target: Target) {
+        self.shared.drafts.lock().targets.push(BlockTarget { block: self.block, target });
     }
 }
 

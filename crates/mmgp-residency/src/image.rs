@@ -16,6 +16,26 @@ pub struct Segment {
     pub source: TensorView,
     /// The first element of the slot's tensor that it fills.
     pub element: usize,
+    /// How many elements of the slot's tensor lie from one row of the source to the next; `None`
+    /// where rows stand one behind another. Lets matrices stand side by side, as the `B` of several
+    /// adapters do.
+    pub stride: Option<usize>,
+}
+
+impl Segment {
+    /// The element behind the last that it fills; `None` if there is no such place, as when a row of
+    /// the source is longer than the stride.
+    pub fn end(&self) -> Option<usize> {
+        let (elements, shape) = (self.source.elements() as usize, self.source.shape());
+        match (self.stride, shape) {
+            (None, _) => self.element.checked_add(elements),
+            (Some(_), [_, _]) if elements == 0 => Some(self.element),
+            (Some(stride), &[rows, columns]) if columns <= stride => (rows - 1)
+                .checked_mul(stride)
+                .and_then(|last| last.checked_add(self.element)?.checked_add(columns)),
+            _ => None,
+        }
+    }
 }
 
 /// One tensor of a block as it lies in a slot.

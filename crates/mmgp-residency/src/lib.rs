@@ -60,6 +60,6 @@ pub use device::{Device, Host, Slot};
 pub use error::{Error, Result};
 pub use image::{ALIGN, BlockImage, ImageTensor, Segment};
 pub use lease::{Paged, Pass, Visit};
-pub use pager::Pager;
+pub use pager::{Attachment, Attachments, BlockTarget, Pager};
 pub use plan::{Budget, Budgets, ModelPlan, Plan, SlotPlan};
 pub use report::{ModelReport, Report, process_peak};

@@ -21,8 +21,12 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use crate::{
     BlockImage, Budget, Budgets, Bytes, Device, Error, Host, ModelReport, Plan, Report, Result,
-    Slot, order::Order, plan::ModelSizes,
+    Slot, image::ALIGN, order::Order, plan::ModelSizes,
 };
+
+mod attach;
+
+pub use attach::{Attachment, Attachments, BlockTarget};
 
 /// Threads that fetch blocks: one fetches ahead, one is there when that was the wrong one.
 const FETCHERS: usize = 2;
@@ -76,6 +80,9 @@ struct Model {
     disk: u64,
     /// Empty once the model was dropped.
     blocks: Vec<NewBlock>,
+    /// How many tensors of each block are its own; what follows them is attached.
+    own: Vec<usize>,
+    targets: Vec<BlockTarget>,
     /// As the plan has them; empty before.
     slots: Vec<SlotState>,
     slot_of: Vec<usize>,
@@ -193,6 +200,7 @@ impl Pager {
             name: m.name.clone(),
             disk: Bytes(m.disk),
             weights: Bytes(m.blocks.iter().map(|b| b.image.bytes).sum()),
+            attached: Bytes(m.attached()),
             form: form(&m.blocks),
             limit: Bytes(
                 state.plan.as_ref().and_then(|p| p.models.get(at)).map_or(u64::MAX, |p| p.limit.0),
@@ -211,13 +219,21 @@ impl Pager {
         }
     }
 
-    pub(crate) fn add(&self, name: String, disk: u64, blocks: Vec<NewBlock>) -> usize {
+    pub(crate) fn add(
+        &self,
+        name: String,
+        disk: u64,
+        blocks: Vec<NewBlock>,
+        targets: Vec<BlockTarget>,
+    ) -> usize {
         let mut state = self.0.state.lock();
         state.plan = None; // made anew at the next lease
         state.models.push(Model {
             name,
             disk,
+            own: blocks.iter().map(|b| b.tensors.len()).collect(),
             blocks,
+            targets,
             slots: Vec::new(),
             slot_of: Vec::new(),
             held: 0,
@@ -236,6 +252,7 @@ impl Pager {
         state.order.forget(model);
         let m = &mut state.models[model];
         (m.slots, m.slot_of, m.blocks) = (Vec::new(), Vec::new(), Vec::new());
+        (m.own, m.targets) = (Vec::new(), Vec::new());
         if let Some(plan) = &mut state.plan {
             let plan = Arc::make_mut(plan);
             plan.weights.0 -= std::mem::take(&mut plan.models[model].bytes.0);
@@ -394,7 +411,11 @@ impl Pager {
         Ok(())
     }
 
-    fn adopt(&self, state: &mut MutexGuard<'_, State>, plan: Plan) -> Result<Arc<Plan>> {
+    /// Waits until nothing is being fetched.
+    ///
+    /// # Errors
+    /// Leases that are out.
+    fn settle(&self, state: &mut MutexGuard<'_, State>) -> Result<()> {
         let filling = |s: &SlotState| matches!(s.phase, Phase::Filling);
         while state.models.iter().flat_map(|m| &m.slots).any(filling) {
             self.0.changed.wait(state);
@@ -408,6 +429,11 @@ impl Pager {
                 return Err(Error::Busy { model: m.name.clone(), block });
             }
         }
+        Ok(())
+    }
+
+    fn adopt(&self, state: &mut MutexGuard<'_, State>, plan: Plan) -> Result<Arc<Plan>> {
+        self.settle(state)?;
         for model in 0..state.models.len() {
             state.release_all(model);
             let (m, plan) = (&mut state.models[model], &plan.models[model]);
@@ -422,6 +448,16 @@ impl Pager {
         let plan = Arc::new(plan);
         state.plan = Some(plan.clone());
         Ok(plan)
+    }
+}
+
+impl Model {
+    /// The bytes in slots of what is attached to its blocks.
+    fn attached(&self) -> u64 {
+        let own = self.blocks.iter().zip(&self.own);
+        own.flat_map(|(block, &own)| &block.image.tensors[own..])
+            .map(|t| t.bytes().next_multiple_of(ALIGN))
+            .sum()
     }
 }
 

@@ -11,8 +11,10 @@ pub struct ModelReport {
     pub name: String,
     /// The tensors in its files.
     pub disk: Bytes,
-    /// Its weights as they lie in slots.
+    /// Its weights as they lie in slots, with what is attached to them.
     pub weights: Bytes,
+    /// Of them, what was attached, such as adapters.
+    pub attached: Bytes,
     /// The dtypes in slots, the larger share first.
     pub form: String,
     /// What the plan let it hold.

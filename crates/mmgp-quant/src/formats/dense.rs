@@ -91,7 +91,7 @@ impl Product {
     }
 }
 
-fn slice<'a, T: WithDType>(
+pub(crate) fn slice<'a, T: WithDType>(
     storage: &'a CpuStorage,
     layout: &Layout,
 ) -> candle_core::Result<&'a [T]> {

@@ -14,7 +14,7 @@ use rayon::prelude::*;
 
 use super::{Device, Slot};
 use crate::{
-    BlockImage, Bytes, Error, ImageTensor, Result,
+    BlockImage, Bytes, Error, ImageTensor, Result, Segment,
     placeholder::{empty, exchange, poison},
 };
 
@@ -158,6 +158,10 @@ fn kind(storage: &CpuStorage) -> (DType, usize) {
 
 fn read_tensor(tensor: &ImageTensor, target: &mut CpuStorage) -> Result<()> {
     for segment in &tensor.segments {
+        if let Some(stride) = segment.stride {
+            read_rows(tensor, segment, stride, target)?;
+            continue;
+        }
         let view = &segment.source;
         let range = segment.element..segment.element + view.elements() as usize;
         match (&mut *target, view.dtype()) {
@@ -184,6 +188,40 @@ fn read_tensor(tensor: &ImageTensor, target: &mut CpuStorage) -> Result<()> {
                     ),
                 });
             }
+        }
+    }
+    Ok(())
+}
+
+/// Reads a matrix whose rows do not stand one behind another in the slot's tensor. Such matrices are
+/// small: it is read whole and its rows are copied from there.
+fn read_rows(
+    tensor: &ImageTensor,
+    segment: &Segment,
+    stride: usize,
+    target: &mut CpuStorage,
+) -> Result<()> {
+    fn spread<T: Copy>(rows: &[T], columns: usize, target: &mut [T], stride: usize) {
+        for (from, to) in rows.chunks_exact(columns.max(1)).zip(target.chunks_mut(stride.max(1))) {
+            to[..columns].copy_from_slice(from);
+        }
+    }
+    let whole = Segment { element: 0, stride: None, ..segment.clone() };
+    let mut rows = empty(tensor.dtype, whole.source.elements() as usize)?;
+    let part = ImageTensor { segments: vec![whole], ..tensor.clone() };
+    read_tensor(&part, &mut rows)?;
+    let (from, columns) = (segment.element, segment.source.shape().last().copied().unwrap_or(1));
+    match (&rows, target) {
+        (CpuStorage::U8(r), CpuStorage::U8(t)) => spread(r, columns, &mut t[from..], stride),
+        (CpuStorage::F16(r), CpuStorage::F16(t)) => spread(r, columns, &mut t[from..], stride),
+        (CpuStorage::BF16(r), CpuStorage::BF16(t)) => spread(r, columns, &mut t[from..], stride),
+        (CpuStorage::F32(r), CpuStorage::F32(t)) => spread(r, columns, &mut t[from..], stride),
+        _ => {
+            debug_assert!(false, "storages of one tensor have one dtype");
+            return Err(Error::NotPageable {
+                model: "host device".into(),
+                reason: format!("the rows of `{}` came in another dtype", tensor.name),
+            });
         }
     }
     Ok(())
