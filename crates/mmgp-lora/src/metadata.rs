@@ -241,7 +241,7 @@ mod tests {
         assert_eq!(scale("transformer", "a.to_k", 4), 2.);
         assert_eq!(scale("transformer", "a.to_q", 4), 0.5, "the first, not the longest");
         assert_eq!(scale("transformer", "b.to_q", 4), 0.5);
-        assert_eq!(scale("transformer", "b.auto_q", 4), 2., "whole names only");
+        assert_eq!(scale("transformer", "b.xto_q", 4), 2., "whole names only");
         assert_eq!(scale("transformer", "x.7.to_v", 4), 0.375);
         assert_eq!(scale("transformer", "b.to_k", 2), 4., "^ is where the name begins");
         assert_eq!(scale("text_encoder", "a", 9), 1., "by the root of the rank");
@@ -262,7 +262,7 @@ mod tests {
             (r#"{"use_rslora": 1}"#, "true or false"),
             (r#"{"alpha_pattern": [1]}"#, "an object of patterns"),
             (r#"{"alpha_pattern": {"(": 1}}"#, "regular expressions"),
-            (r#"{"alpha_pattern": {"((a{99}){99}){99}": 1}}"#, "regular expressions"),
+            (r#"{"alpha_pattern": {"(((a{99}){99}){99}){99}": 1}}"#, "regular expressions"),
             (r#"{"alpha_pattern": {"a": {}}}"#, "found an object"),
         ] {
             let error = scaling(json).unwrap_err().to_string();

@@ -92,11 +92,7 @@ impl AdapterSet {
     ///
     /// # Errors
     /// Those of the files and of what they fit.
-    pub fn check(
-        &self,
-        adapters: &[(Adapter, StepWeights)],
-        unfit: Unfit,
-    ) -> Result<Vec<Skipped>> {
+    pub fn check(&self, adapters: &[(Adapter, StepWeights)], unfit: Unfit) -> Result<Vec<Skipped>> {
         Ok(self.draft(adapters, unfit)?.skipped)
     }
 
@@ -155,10 +151,11 @@ impl AdapterSet {
                 let (model, present) = (model.clone(), self.pager.models());
                 return Err(Error::NoModel { model, present });
             };
-            if self.is_empty() && targets.iter().any(|t| t.target.side.is_taken()) {
-                return Err(Error::Taken { model: model.clone() });
-            }
             models.push(Layers::new(model.clone(), targets));
+        }
+        let taken = |l: &&Layers| l.targets.iter().any(|t| t.target.side.is_taken());
+        if let Some(layers) = models.iter().find(taken).filter(|_| self.is_empty()) {
+            return Err(Error::Taken { model: layers.model.clone() });
         }
 
         let mut skipped = Vec::new();
@@ -182,7 +179,8 @@ impl AdapterSet {
         let mut rows = rows.into_iter().peekable();
         while let Some(((model, target, ..), band)) = rows.next() {
             let mut bands = vec![band];
-            while let Some((_, band)) = rows.next_if(|((m, t, ..), _)| (*m, *t) == (model, target)) {
+            while let Some((_, band)) = rows.next_if(|((m, t, ..), _)| (*m, *t) == (model, target))
+            {
                 bands.push(band);
             }
             let tensors = &mut draft.changes[model].tensors;

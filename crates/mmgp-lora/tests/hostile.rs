@@ -100,7 +100,8 @@ fn shapes_must_fit_the_model_and_each_other() {
     assert!(skipped[0].contains("[2, 21]"), "{skipped:?}");
     bench.set.clear().unwrap();
 
-    let alpha = |shape: &[usize]| stored("transformer.blocks.0.attn.to_q.alpha", Dtype::F32, shape, 1);
+    let alpha =
+        |shape: &[usize]| stored("transformer.blocks.0.attn.to_q.alpha", Dtype::F32, shape, 1);
     bench.error(&[a.clone(), b.clone(), alpha(&[2])], &["alpha", "one number"]);
     bench.error(&[a.clone(), b.clone(), alpha(&[0])], &["alpha", "one number"]);
     let typed = Stored { dtype: Dtype::I64, ..a.clone() };
@@ -147,7 +148,8 @@ fn files_that_are_no_adapters_are_named() {
     let alone = stored("transformer.blocks.0.attn.to_q.alpha", Dtype::F32, &[], 1);
     bench.error(&[alone], &["1 of 1 keys", "alpha"]);
     // A name that would move the cursor or fill the screen.
-    let evil = stored(format!("a\x1b[2J{}.lora_A.weight", "x".repeat(5000)), Dtype::F32, &[2, 2], 1);
+    let evil =
+        stored(format!("a\x1b[2J{}.lora_A.weight", "x".repeat(5000)), Dtype::F32, &[2, 2], 1);
     let other = Stored { name: evil.name.replace("lora_A", "lora_B"), ..evil.clone() };
     let text = bench.error(&[evil, other], &["2 of 2 keys"]).to_string();
     assert!(!text.contains('\x1b') && text.len() < 1000, "{text}");

@@ -202,7 +202,8 @@ fn alpha_and_rank_come_from_the_configuration_too() {
     let (dir, path) = folder();
     let layer = &layers()[1];
     let json = r#""r": 2, "lora_alpha": 6, "alpha_pattern": {"to_q": 3}, "rank_pattern": {}"#;
-    let prefixed = json.replace("\"r\"", "\"transformer.r\"").replace("\"lora", "\"transformer.lora");
+    let prefixed =
+        json.replace("\"r\"", "\"transformer.r\"").replace("\"lora", "\"transformer.lora");
     let prefixed = prefixed.replace("\"alpha", "\"transformer.alpha");
     let pager = Pager::new(&Device::Cpu).unwrap();
     let tower = build(&pager, "transformer", &path);

@@ -89,8 +89,7 @@ pub fn tower_weights() -> Vec<Stored> {
     let mut tensors = Vec::new();
     for (i, (name, outputs, inputs)) in layers().into_iter().enumerate() {
         let seed = 100 + i as u32;
-        let mut weight =
-            stored(format!("{name}.weight"), Dtype::F32, &[outputs, inputs], seed);
+        let mut weight = stored(format!("{name}.weight"), Dtype::F32, &[outputs, inputs], seed);
         weight.values.iter_mut().for_each(|v| *v *= 0.2);
         tensors.push(weight);
         tensors.push(stored(format!("{name}.bias"), Dtype::F32, &[outputs], seed + 1000));
@@ -165,8 +164,10 @@ pub fn adapter(
     wanted: impl Fn(&str) -> bool,
 ) -> Vec<Stored> {
     let kept = layers().into_iter().enumerate().filter(|(_, layer)| wanted(&layer.0));
-    kept.flat_map(|(i, layer)| pair(prefix, &layer, 1 + (i + seed as usize) % 4, dtype, seed + i as u32))
-        .collect()
+    kept.flat_map(|(i, layer)| {
+        pair(prefix, &layer, 1 + (i + seed as usize) % 4, dtype, seed + i as u32)
+    })
+    .collect()
 }
 
 /// The tower's weights with `strength · alpha / rank · B A` of each adapter added, in f64.
