@@ -4,7 +4,10 @@
 
 use candle_core::Tensor;
 
-use crate::{Part, Result, Weights, formats::dense::Dense};
+use crate::{
+    Part, Result, Weights,
+    formats::{dense::Dense, int8::Int8},
+};
 
 /// A number format that linear weights are stored in.
 ///
@@ -42,9 +45,16 @@ pub trait QuantTensor: Send + Sync {
     /// # Errors
     /// Whatever the tensor library refuses; weights that are not leased.
     fn product(&self, x: &Tensor, bias: Option<&Tensor>) -> candle_core::Result<Tensor>;
+
+    /// The weight that this stands for, dense `[outputs, inputs]`, in the dtype that the format
+    /// decodes to. Takes the memory of the whole weight.
+    ///
+    /// # Errors
+    /// Weights that are not leased; whatever the tensor library refuses.
+    fn decode(&self) -> candle_core::Result<Tensor>;
 }
 
 /// All formats, in the order in which they are asked.
 pub fn formats() -> &'static [&'static dyn Format] {
-    &[&Dense]
+    &[&Int8, &Dense]
 }

@@ -27,14 +27,17 @@ mod formats;
 mod kernels;
 mod linear;
 mod low_rank;
+mod policy;
 mod side;
 mod target;
 mod weights;
 
 pub use error::{Error, Result};
 pub use format::{Format, QuantTensor, formats};
+pub use kernels::int8::{NotFinite, Real, decode, quantize, quantize_rows};
 pub use linear::{Bias, Linear};
 pub use low_rank::{Band, add_low_rank};
+pub use policy::QuantPolicy;
 pub use side::{Side, SideSlot};
 pub use target::{Target, TargetPart};
 pub use weights::{Form, MemorySource, Part, Source, Stored, Weights, join_parts};

@@ -109,6 +109,14 @@ impl Linear {
         self.outputs
     }
 
+    /// The weight that this stands for, dense `[outputs, inputs]`.
+    ///
+    /// # Errors
+    /// Weights that are not leased.
+    pub fn decode(&self) -> candle_core::Result<Tensor> {
+        self.weight.decode()
+    }
+
     /// The name of the weight's number format.
     pub fn format(&self) -> &'static str {
         self.weight.format()

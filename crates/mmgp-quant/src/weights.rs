@@ -29,6 +29,10 @@ pub enum Form {
     AsStored,
     /// Converted to [`Source::compute_dtype`]: what candle's own operations take.
     Compute,
+    /// The int8 codes that a dense weight is quantized to while it is read, U8 of the same shape.
+    Int8Codes,
+    /// Their scales, `[outputs, 1]` in the dtype of the weight. Asked for right after the codes.
+    Int8Scales,
 }
 
 /// One stored tensor, or one of several that are joined along their first dimension.
@@ -55,6 +59,18 @@ pub trait Source: Send + Sync {
     /// # Errors
     /// A part that is missing, has another shape, or a dtype that `form` cannot be made from.
     fn tensor(&self, parts: &[Part], form: Form) -> Result<Tensor>;
+
+    /// Whether the recipe wants the dense linear weight made of `parts` as int8. A source that says
+    /// so hands out [`Form::Int8Codes`] and [`Form::Int8Scales`] for them.
+    fn quantizes(&self, _parts: &[Part]) -> bool {
+        false
+    }
+
+    /// Whether products with int8 weights round `code · scale` to the scale's dtype, as quanto does,
+    /// instead of using it in f32. Part of the recipe.
+    fn rounds_int8(&self) -> bool {
+        false
+    }
 
     /// Where the tensors will live.
     fn device(&self) -> &Device;
@@ -235,6 +251,7 @@ impl Source for MemorySource {
             DType::F16 => Dtype::F16,
             DType::F32 => Dtype::F32,
             DType::F64 => Dtype::F64,
+            DType::U8 if name.ends_with("._data") => Dtype::I8,
             DType::U8 => Dtype::U8,
             DType::U32 => Dtype::U32,
             DType::I64 => Dtype::I64,
@@ -267,6 +284,9 @@ impl Source for MemorySource {
         Ok(match form {
             Form::AsStored => joined,
             Form::Compute => joined.to_dtype(self.compute_dtype())?,
+            Form::Int8Codes | Form::Int8Scales => {
+                return Err(Error::Invalid("memory sources do not quantize".into()));
+            }
         })
     }
 

@@ -6,18 +6,21 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use candle_core::{DType, Device as Candle, Shape, Tensor};
 use candle_nn::{Init, VarBuilder, var_builder::SimpleBackend};
 use mmgp_io::{Checkpoint, Dtype, TensorView};
-use mmgp_quant::{Form, Part, Source, Stored, Target, Weights, join_parts};
+use mmgp_quant::{Form, Part, QuantPolicy, Source, Stored, Target, Weights, join_parts};
 use parking_lot::Mutex;
 
 use crate::{
-    BlockImage, BlockTarget, Error, ImageTensor, Paged, Pager, Result, Segment, pager::NewBlock,
-    placeholder::placeholder,
+    BlockImage, BlockTarget, Error, ImageTensor, Making, Paged, Pager, Result, Segment,
+    pager::NewBlock, placeholder::placeholder,
 };
 
 /// Collects what a module's constructor asks for, then hands the model to the pager.
@@ -59,6 +62,8 @@ impl ModelBuilder {
                 targets: Vec::new(),
             }),
             requested: Mutex::default(),
+            policy: Mutex::default(),
+            rounds_int8: AtomicBool::default(),
         };
         Self { pager: pager.clone(), shared: Arc::new(shared), ignored: Vec::new() }
     }
@@ -81,6 +86,25 @@ impl ModelBuilder {
         let block = drafts.blocks.len() - 1;
         drop(drafts);
         self.weights(block).pp(path)
+    }
+
+    /// Makes linear weights int8 while they are read, as `policy` says; for modules that are built
+    /// from here on. A checkpoint that holds quantized weights is left as it is.
+    pub fn quantize(&mut self, policy: QuantPolicy) {
+        if let Origin::Files(checkpoint) = &self.shared.origin
+            && checkpoint.iter().any(|view| view.name().ends_with("._data"))
+        {
+            tracing::warn!("model `{}` is quantized already and stays as it is", self.name());
+            return;
+        }
+        *self.shared.policy.lock() = Some(policy);
+    }
+
+    /// Lets products with int8 weights round the expanded weight to the dtype of its scale, as quanto
+    /// does, for modules that are built from here on. By default it stays f32, which is closer to the
+    /// original.
+    pub fn round_int8(&mut self) {
+        self.shared.rounds_int8.store(true, Ordering::Relaxed);
     }
 
     /// A `VarBuilder` for an unmodified candle module; what it asks for belongs to the stem and
@@ -123,6 +147,7 @@ impl ModelBuilder {
             .map(|view| view.name())
             .filter(|name| !drafts.asked.contains(*name))
             .filter(|name| !self.ignored.iter().any(|prefix| name.starts_with(prefix)))
+            .filter(|name| !is_activation_scale(name, &drafts.asked))
             .map(String::from)
             .collect();
         let paged = drafts
@@ -141,6 +166,14 @@ impl ModelBuilder {
     fn weights(&self, block: usize) -> Weights {
         Weights::new(BlockSource { shared: self.shared.clone(), block })
     }
+}
+
+/// Whether `name` is one of the factors of activations that stand beside a quantized weight. They
+/// mean something only where activations are quantized too; the weight's own scale is all there is
+/// to it here.
+fn is_activation_scale(name: &str, asked: &HashSet<String>) -> bool {
+    let layer = name.strip_suffix(".input_scale").or(name.strip_suffix(".output_scale"));
+    layer.is_some_and(|layer| asked.contains(&format!("{layer}.weight._data")))
 }
 
 /// Whether the module that `build` constructs can be paged: it must not compute on its weights while
@@ -213,13 +246,15 @@ struct Shared {
     pager: Pager,
     drafts: Mutex<Drafts>,
     requested: Mutex<Vec<(String, Vec<usize>)>>,
+    policy: Mutex<Option<QuantPolicy>>,
+    rounds_int8: AtomicBool,
 }
 
 #[derive(Default)]
 struct Drafts {
     blocks: Vec<Draft>,
     /// What was handed out, so that a tensor asked for twice is one tensor.
-    known: HashMap<(Vec<String>, DType), (usize, Tensor)>,
+    known: HashMap<(Vec<String>, DType, Making), (usize, Tensor)>,
     asked: HashSet<String>,
     last: Option<String>,
     targets: Vec<BlockTarget>,
@@ -252,7 +287,8 @@ impl BlockSource {
             let travels = self.shared.pager.device().travels_as(stored);
             let converts = matches!(stored, Dtype::BF16 | Dtype::F16 | Dtype::F32 | Dtype::F64);
             match (form, travels) {
-                (Form::AsStored, Some(dtype)) => dtypes.push(dtype),
+                (Form::AsStored | Form::Int8Scales, Some(dtype)) => dtypes.push(dtype),
+                (Form::Int8Codes, _) if converts => dtypes.push(DType::U8),
                 _ if converts => dtypes.push(self.shared.compute),
                 _ => {
                     return Err(mmgp_quant::Error::Format {
@@ -287,10 +323,15 @@ impl BlockSource {
         Ok(view.dtype())
     }
 
-    fn request(&self, parts: &[Part], dtype: DType) -> mmgp_quant::Result<Tensor> {
-        let shape = join_parts(parts)?;
+    fn request(&self, parts: &[Part], dtype: DType, making: Making) -> mmgp_quant::Result<Tensor> {
+        let mut shape = join_parts(parts)?;
+        if making == Making::Int8Scales {
+            shape.truncate(1);
+            shape.push(1);
+        }
         let mut drafts = self.shared.drafts.lock();
-        let key = (parts.iter().map(|p| p.name.clone()).collect::<Vec<_>>(), dtype);
+        let names = parts.iter().map(|p| p.name.clone()).collect::<Vec<_>>();
+        let key = (names, dtype, making);
         drafts.last = key.0.last().cloned();
         if let Some((owner, tensor)) = drafts.known.get(&key) {
             // The stem is leased throughout a pass, so blocks may share what belongs to it.
@@ -307,7 +348,9 @@ impl BlockSource {
         let mut segments = Vec::with_capacity(parts.len());
         for part in parts {
             self.expect(part)?;
-            self.shared.requested.lock().push((part.name.clone(), part.shape.clone()));
+            if making != Making::Int8Scales {
+                self.shared.requested.lock().push((part.name.clone(), part.shape.clone()));
+            }
             if let Some(view) = self.shared.origin.view(&part.name) {
                 segments.push(Segment { source: view.clone(), element, stride: None });
                 element += view.elements() as usize;
@@ -319,7 +362,7 @@ impl BlockSource {
         drafts.known.insert(key, (self.block, tensor.clone()));
         let draft = &mut drafts.blocks[self.block];
         draft.placeholders.push(tensor.clone());
-        draft.tensors.push(ImageTensor { name, dtype, shape, offset: 0, segments });
+        draft.tensors.push(ImageTensor { name, dtype, shape, offset: 0, segments, making });
         Ok(tensor)
     }
 }
@@ -341,9 +384,28 @@ impl Source for BlockSource {
                 self.slot_dtype(parts, form)?;
                 self.shared.compute
             }
-            Form::AsStored => self.slot_dtype(parts, form)?,
+            _ => self.slot_dtype(parts, form)?,
         };
-        self.request(parts, dtype)
+        let making = match form {
+            Form::AsStored | Form::Compute => Making::Values,
+            Form::Int8Codes => Making::Int8Codes,
+            Form::Int8Scales => Making::Int8Scales,
+        };
+        self.request(parts, dtype, making)
+    }
+
+    fn quantizes(&self, parts: &[Part]) -> bool {
+        let dense = |part: &Part| {
+            let stored = self.stored(&part.name).map(|stored| stored.dtype);
+            matches!(stored, Some(Dtype::BF16 | Dtype::F16 | Dtype::F32))
+        };
+        let policy = self.shared.policy.lock();
+        let wanted = |policy: &QuantPolicy| !parts.iter().any(|p| policy.excludes(&p.name));
+        self.block != 0 && policy.as_ref().is_some_and(wanted) && parts.iter().all(dense)
+    }
+
+    fn rounds_int8(&self) -> bool {
+        self.shared.rounds_int8.load(Ordering::Relaxed)
     }
 
     fn device(&self) -> &Candle {
@@ -373,7 +435,7 @@ impl SimpleBackend for BlockSource {
         _: &Candle,
     ) -> candle_core::Result<Tensor> {
         let part = Part { name: name.to_string(), shape: shape.dims().to_vec() };
-        self.request(&[part], dtype).map_err(candle_core::Error::wrap)
+        self.request(&[part], dtype, Making::Values).map_err(candle_core::Error::wrap)
     }
 
     fn get_unchecked(&self, name: &str, dtype: DType, _: &Candle) -> candle_core::Result<Tensor> {
@@ -381,7 +443,7 @@ impl SimpleBackend for BlockSource {
             candle_core::bail!("{}: tensor `{name}` is missing", self.shared.origin.file_of(name));
         };
         let part = Part { name: name.to_string(), shape: view.shape().to_vec() };
-        self.request(&[part], dtype).map_err(candle_core::Error::wrap)
+        self.request(&[part], dtype, Making::Values).map_err(candle_core::Error::wrap)
     }
 
     fn contains_tensor(&self, name: &str) -> bool {

@@ -85,6 +85,21 @@ pub enum Error {
         /// Why not.
         reason: String,
     },
+    /// A weight that was to be quantized holds what no number format can.
+    #[error(
+        "{file}: tensor `{tensor}`, row {row}, column {column}: expected a finite number, found NaN \
+         or infinity, which cannot be quantized; leave the layer dense with --exclude"
+    )]
+    NotFinite {
+        /// The file.
+        file: String,
+        /// The tensor.
+        tensor: String,
+        /// The row.
+        row: usize,
+        /// The place in it.
+        column: usize,
+    },
     /// The file could not be read.
     #[error(transparent)]
     Io(std::sync::Arc<mmgp_io::Error>),

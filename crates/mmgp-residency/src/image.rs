@@ -38,6 +38,18 @@ impl Segment {
     }
 }
 
+/// How a tensor of a slot is made of what its segments hold.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Making {
+    /// The values, converted where the dtypes differ.
+    #[default]
+    Values,
+    /// The int8 codes of a dense weight. The next tensor of the image holds their scales.
+    Int8Codes,
+    /// The scales of the codes before it, made with them: nothing is read for it alone.
+    Int8Scales,
+}
+
 /// One tensor of a block as it lies in a slot.
 #[derive(Clone, Debug)]
 pub struct ImageTensor {
@@ -51,6 +63,8 @@ pub struct ImageTensor {
     pub offset: u64,
     /// Read in this order; together they fill the tensor.
     pub segments: Vec<Segment>,
+    /// What becomes of them.
+    pub making: Making,
 }
 
 impl ImageTensor {
@@ -86,7 +100,8 @@ impl BlockImage {
             tensor.offset = bytes;
             bytes += tensor.bytes().next_multiple_of(ALIGN);
         }
-        let stored = tensors.iter().flat_map(|t| &t.segments).map(|s| s.source.len()).sum();
+        let read = tensors.iter().filter(|t| t.making != Making::Int8Scales);
+        let stored = read.flat_map(|t| &t.segments).map(|s| s.source.len()).sum();
         Self { name, tensors, bytes, stored }
     }
 }

@@ -58,7 +58,7 @@ pub use builder::{ModelBuilder, Sketch, check_pageable};
 pub use bytes::Bytes;
 pub use device::{Device, Host, Slot};
 pub use error::{Error, Result};
-pub use image::{ALIGN, BlockImage, ImageTensor, Segment};
+pub use image::{ALIGN, BlockImage, ImageTensor, Making, Segment};
 pub use lease::{Paged, Pass, Visit};
 pub use pager::{Attachment, Attachments, BlockTarget, Pager};
 pub use plan::{Budget, Budgets, ModelPlan, Plan, SlotPlan};

@@ -21,6 +21,18 @@ pub(crate) struct Description {
     #[serde(default)]
     pub(crate) kwargs: Value,
     tolerance_rel: f64,
+    #[serde(default)]
+    pub(crate) exact_outputs: Vec<String>,
+    pub(crate) base: Option<PathBuf>,
+    #[serde(default)]
+    pub(crate) adapters: Vec<Adapted>,
+}
+
+/// An adapter of a `lora` case.
+#[derive(Deserialize)]
+pub(crate) struct Adapted {
+    pub(crate) file: PathBuf,
+    pub(crate) weight: f32,
 }
 
 pub(crate) struct Case {
@@ -49,12 +61,20 @@ impl Case {
         self.io.contains_key(&format!("out.{name}"))
     }
 
+    /// The names of all outputs.
+    pub(crate) fn outputs(&self) -> Vec<&str> {
+        let names = self.io.keys().filter_map(|k| k.strip_prefix("out."));
+        names.collect::<BTreeSet<_>>().into_iter().collect()
+    }
+
     /// Fails unless `got` is within tolerance of the output `name`; a file's README says what that
     /// means.
     pub(crate) fn check(&self, name: &str, got: &Tensor) -> Result<(), Error> {
         let want =
             self.io.get(&format!("out.{name}")).ok_or_else(|| format!("no output {name}"))?;
-        let error = compare(name, got, want, self.about.tolerance_rel)?;
+        let exact = self.about.exact_outputs.iter().any(|exact| exact == name);
+        let tolerance = if exact { 0. } else { self.about.tolerance_rel };
+        let error = compare(name, got, want, tolerance)?;
         self.checked.borrow_mut().insert(name.into(), error);
         Ok(())
     }

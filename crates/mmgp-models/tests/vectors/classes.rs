@@ -24,13 +24,15 @@ use serde_json::Value;
 use crate::{
     Outcome,
     case::{Case, Error, same_bits},
+    formats, lora,
 };
 
-type Outputs = BTreeMap<&'static str, Tensor>;
+pub(crate) type Outputs = BTreeMap<&'static str, Tensor>;
 
 pub(crate) fn run(case: &Case) -> Result<Outcome, Error> {
     match (case.about.kind.as_str(), case.about.class.as_str()) {
-        (kind @ ("lora" | "format"), _) => Ok(Outcome::Skipped(format!("kind {kind}"))),
+        ("lora", _) => lora::run(case),
+        ("format", _) => formats::run(case),
         (_, "FluxTransformer2DModel") => model(case, flux),
         (_, "T5EncoderModel") => model(case, t5),
         (_, "CLIPTextModel") => model(case, |case, b| clip(case, b, Projection::No)),
@@ -44,7 +46,7 @@ pub(crate) fn run(case: &Case) -> Result<Outcome, Error> {
 }
 
 /// Runs a model as `make` builds it, resident and paged.
-fn model(
+pub(crate) fn model(
     case: &Case,
     make: impl Fn(&Case, ModelBuilder) -> Result<Box<dyn Fn() -> Result<Outputs, Error> + '_>, Error>,
 ) -> Result<Outcome, Error> {
@@ -77,16 +79,16 @@ fn model(
 }
 
 /// No stored tensor may be left over: it would be a part of the model that was forgotten.
-fn all_used(unused: &[String]) -> Result<(), Error> {
+pub(crate) fn all_used(unused: &[String]) -> Result<(), Error> {
     match unused.is_empty() {
         true => Ok(()),
         false => Err(format!("stored tensors that nobody asked for: {unused:?}").into()),
     }
 }
 
-type Forward<'a> = Box<dyn Fn() -> Result<Outputs, Error> + 'a>;
+pub(crate) type Forward<'a> = Box<dyn Fn() -> Result<Outputs, Error> + 'a>;
 
-fn flux(case: &Case, builder: ModelBuilder) -> Result<Forward<'_>, Error> {
+pub(crate) fn flux(case: &Case, builder: ModelBuilder) -> Result<Forward<'_>, Error> {
     let config = FluxConfig::from_file(case.dir.join("config.json"))?;
     let model = FluxTransformer::new(&config, builder)?;
     all_used(model.unused())?;

@@ -57,6 +57,10 @@ impl QuantTensor for DenseWeight {
             (false, None) => x.matmul(&self.0.t()?),
         }
     }
+
+    fn decode(&self) -> candle_core::Result<Tensor> {
+        self.0.copy()
+    }
 }
 
 /// `x · Wᵀ (+ bias)` on the CPU, as a custom operation because only those see storages.
@@ -65,30 +69,39 @@ struct Product;
 impl Product {
     fn run(
         x: (&CpuStorage, &Layout),
-        w: (&CpuStorage, &Layout),
+        (w, layout): (&CpuStorage, &Layout),
         bias: Option<(&CpuStorage, &Layout)>,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let (m, k) = x.1.shape().dims2()?;
-        let (n, wk) = w.1.shape().dims2()?;
-        if k != wk {
-            candle_core::bail!("linear: input of width {k}, weight [{n}, {wk}]");
-        }
-        let input = slice::<f32>(x.0, x.1)?;
-        let rows = match w.0 {
-            CpuStorage::BF16(_) => Rows::Bf16(slice::<bf16>(w.0, w.1)?),
-            CpuStorage::F16(_) => Rows::F16(slice::<f16>(w.0, w.1)?),
-            CpuStorage::F32(_) => Rows::F32(slice::<f32>(w.0, w.1)?),
+        let rows = match w {
+            CpuStorage::BF16(_) => Rows::Bf16(slice::<bf16>(w, layout)?),
+            CpuStorage::F16(_) => Rows::F16(slice::<f16>(w, layout)?),
+            CpuStorage::F32(_) => Rows::F32(slice::<f32>(w, layout)?),
             _ => candle_core::bail!("linear: the weight is not leased, or no dense weight"),
         };
-        let bias = bias.map(|(s, l)| slice::<f32>(s, l)).transpose()?;
-        if let Some(bias) = bias
-            && bias.len() != n
-        {
-            candle_core::bail!("linear: {} biases for {n} outputs", bias.len());
-        }
-        let out = product_nt(input, rows, bias, m, n, k);
-        Ok((CpuStorage::F32(out), Shape::from((m, n))))
+        product(x, rows, layout.shape().dims2()?, bias)
     }
+}
+
+/// `x · wᵀ (+ bias)` of storages whose lengths are checked here; `w` is `[outputs, inputs]`.
+pub(crate) fn product(
+    (x, layout): (&CpuStorage, &Layout),
+    w: Rows<'_>,
+    (outputs, inputs): (usize, usize),
+    bias: Option<(&CpuStorage, &Layout)>,
+) -> candle_core::Result<(CpuStorage, Shape)> {
+    let (rows, width) = layout.shape().dims2()?;
+    if width != inputs {
+        candle_core::bail!("linear: input of width {width}, weight [{outputs}, {inputs}]");
+    }
+    let x = slice::<f32>(x, layout)?;
+    let bias = bias.map(|(s, l)| slice::<f32>(s, l)).transpose()?;
+    if let Some(bias) = bias
+        && bias.len() != outputs
+    {
+        candle_core::bail!("linear: {} biases for {outputs} outputs", bias.len());
+    }
+    let out = product_nt(x, w, bias, rows, outputs, inputs);
+    Ok((CpuStorage::F32(out), Shape::from((rows, outputs))))
 }
 
 pub(crate) fn slice<'a, T: WithDType>(

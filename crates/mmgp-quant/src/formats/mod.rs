@@ -1,3 +1,4 @@
 //! One file a number format.
 
 pub(crate) mod dense;
+pub(crate) mod int8;

@@ -1,6 +1,6 @@
 //! The CPU product over weights in the form that travels.
 //!
-//! 64 rows of the weight at a time are widened into an f32 scratch of the thread and multiplied
+//! 64 rows of the weight at a time are widened (int8 codes: multiplied by their scale) into an f32 scratch of the thread and multiplied
 //! there; the scratch stays in the cache, so that a bf16 weight costs half the memory traffic of an
 //! f32 one. Tiles are the unit of work and never depend on the number of threads: neither do the
 //! bits of the result.
@@ -8,12 +8,21 @@
 use half::{bf16, f16, slice::HalfFloatSliceExt};
 use rayon::prelude::*;
 
+use super::int8;
+
 /// Rows of a weight `[n, k]`, contiguous.
 #[derive(Clone, Copy)]
 pub(crate) enum Rows<'a> {
     Bf16(&'a [bf16]),
     F16(&'a [f16]),
     F32(&'a [f32]),
+    Int8 {
+        codes: &'a [u8],
+        /// One per row.
+        scales: &'a [f32],
+        /// What `code · scale` is rounded to before it is multiplied.
+        rounding: Rounding,
+    },
 }
 
 impl Rows<'_> {
@@ -22,8 +31,18 @@ impl Rows<'_> {
             Rows::Bf16(w) => w.len(),
             Rows::F16(w) => w.len(),
             Rows::F32(w) => w.len(),
+            Rows::Int8 { codes, .. } => codes.len(),
         }
     }
+}
+
+/// The dtype that expanded int8 weights are rounded to.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Rounding {
+    /// None: they stay f32.
+    F32,
+    Bf16,
+    F16,
 }
 
 /// Rows widened and multiplied at once.
@@ -61,6 +80,18 @@ pub(crate) fn product_nt(
                 let wide = sized(scratch, cols * k);
                 for (wide, narrow) in wide.iter_mut().zip(&w[range]) {
                     *wide = f32::from_bits(u32::from(narrow.to_bits()) << 16);
+                }
+                wide
+            }
+            Rows::Int8 { codes, scales, rounding } => {
+                let wide = sized(scratch, cols * k);
+                int8::expand(&codes[range], k, &scales[from..from + cols], wide);
+                match rounding {
+                    Rounding::F32 => {}
+                    Rounding::Bf16 => {
+                        wide.iter_mut().for_each(|w| *w = bf16::from_f32(*w).to_f32())
+                    }
+                    Rounding::F16 => wide.iter_mut().for_each(|w| *w = f16::from_f32(*w).to_f32()),
                 }
                 wide
             }

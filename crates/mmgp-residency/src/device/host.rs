@@ -8,18 +8,17 @@
 use std::{collections::HashMap, sync::Arc};
 
 use candle_core::{CpuStorage, DType, Device as Candle, Tensor};
-use half::{bf16, f16, slice::HalfFloatSliceExt};
-use mmgp_io::{Dtype, TensorView};
+use mmgp_io::Dtype;
 use rayon::prelude::*;
 
-use super::{Device, Slot};
+use super::{
+    Device, Slot,
+    read::{no_way, quantize_tensor, read_tensor},
+};
 use crate::{
-    BlockImage, Bytes, Error, ImageTensor, Result, Segment,
+    BlockImage, Bytes, Error, ImageTensor, Making, Result,
     placeholder::{empty, exchange, poison},
 };
-
-/// Bytes that one reading task handles, and the size of its buffer where it converts.
-const PIECE: usize = 4 << 20;
 
 /// The CPU and its RAM.
 pub struct Host {
@@ -59,7 +58,7 @@ impl Device for Host {
             Dtype::BF16 => DType::BF16,
             Dtype::F16 => DType::F16,
             Dtype::F32 => DType::F32,
-            Dtype::U8 => DType::U8,
+            Dtype::U8 | Dtype::I8 => DType::U8,
             _ => return None,
         })
     }
@@ -97,12 +96,26 @@ struct HostSlot {
 impl Slot for HostSlot {
     fn fill(&mut self, image: &BlockImage) -> Result<()> {
         let mut targets = recycle(std::mem::take(&mut self.held), &image.tensors)?;
+        let (mut plain, mut pairs) = (Vec::new(), Vec::new());
+        let mut all = targets.iter_mut().zip(&image.tensors);
+        while let Some((target, tensor)) = all.next() {
+            match tensor.making {
+                Making::Int8Codes => match all.next() {
+                    Some((scales, t)) if t.making == Making::Int8Scales => {
+                        pairs.push((tensor, target, scales));
+                    }
+                    _ => return Err(no_way(tensor, "its scales do not follow its codes")),
+                },
+                _ => plain.push((target, tensor)),
+            }
+        }
         self.readers.install(|| {
-            targets
-                .par_iter_mut()
-                .zip(&image.tensors)
-                .try_for_each(|(target, tensor)| read_tensor(tensor, target))
+            plain.into_par_iter().try_for_each(|(target, tensor)| read_tensor(tensor, target))
         })?;
+        // Quantizing is work for all cores, not for the few threads that wait for the disk.
+        pairs
+            .into_par_iter()
+            .try_for_each(|(t, codes, scales)| quantize_tensor(t, codes, scales))?;
         self.held = targets;
         Ok(())
     }
@@ -154,97 +167,4 @@ fn kind(storage: &CpuStorage) -> (DType, usize) {
         CpuStorage::F32(v) => (DType::F32, v.len()),
         _ => (DType::F64, 0),
     }
-}
-
-fn read_tensor(tensor: &ImageTensor, target: &mut CpuStorage) -> Result<()> {
-    for segment in &tensor.segments {
-        if let Some(stride) = segment.stride {
-            read_rows(tensor, segment, stride, target)?;
-            continue;
-        }
-        let view = &segment.source;
-        let range = segment.element..segment.element + view.elements() as usize;
-        match (&mut *target, view.dtype()) {
-            (CpuStorage::U8(v), Dtype::U8) => read_as_is(view, &mut v[range])?,
-            (CpuStorage::BF16(v), Dtype::BF16) => read_as_is(view, &mut v[range])?,
-            (CpuStorage::F16(v), Dtype::F16) => read_as_is(view, &mut v[range])?,
-            (CpuStorage::F32(v), Dtype::F32) => read_as_is(view, &mut v[range])?,
-            (CpuStorage::F32(v), Dtype::BF16) => {
-                widen(view, &mut v[range], |to, from: &[bf16]| from.convert_to_f32_slice(to))?;
-            }
-            (CpuStorage::F32(v), Dtype::F16) => {
-                widen(view, &mut v[range], |to, from: &[f16]| from.convert_to_f32_slice(to))?;
-            }
-            (CpuStorage::F32(v), Dtype::F64) => widen(view, &mut v[range], |to, from: &[f64]| {
-                to.iter_mut().zip(from).for_each(|(to, from)| *to = *from as f32);
-            })?,
-            (_, stored) => {
-                return Err(Error::NotPageable {
-                    model: view.file().path().display().to_string(),
-                    reason: format!(
-                        "tensor `{}` is stored as {stored} and cannot become {:?}",
-                        view.name(),
-                        tensor.dtype
-                    ),
-                });
-            }
-        }
-    }
-    Ok(())
-}
-
-/// Reads a matrix whose rows do not stand one behind another in the slot's tensor. Such matrices are
-/// small: it is read whole and its rows are copied from there.
-fn read_rows(
-    tensor: &ImageTensor,
-    segment: &Segment,
-    stride: usize,
-    target: &mut CpuStorage,
-) -> Result<()> {
-    fn spread<T: Copy>(rows: &[T], columns: usize, target: &mut [T], stride: usize) {
-        for (from, to) in rows.chunks_exact(columns.max(1)).zip(target.chunks_mut(stride.max(1))) {
-            to[..columns].copy_from_slice(from);
-        }
-    }
-    let whole = Segment { element: 0, stride: None, ..segment.clone() };
-    let mut rows = empty(tensor.dtype, whole.source.elements() as usize)?;
-    let part = ImageTensor { segments: vec![whole], ..tensor.clone() };
-    read_tensor(&part, &mut rows)?;
-    let (from, columns) = (segment.element, segment.source.shape().last().copied().unwrap_or(1));
-    match (&rows, target) {
-        (CpuStorage::U8(r), CpuStorage::U8(t)) => spread(r, columns, &mut t[from..], stride),
-        (CpuStorage::F16(r), CpuStorage::F16(t)) => spread(r, columns, &mut t[from..], stride),
-        (CpuStorage::BF16(r), CpuStorage::BF16(t)) => spread(r, columns, &mut t[from..], stride),
-        (CpuStorage::F32(r), CpuStorage::F32(t)) => spread(r, columns, &mut t[from..], stride),
-        _ => {
-            debug_assert!(false, "storages of one tensor have one dtype");
-            return Err(Error::NotPageable {
-                model: "host device".into(),
-                reason: format!("the rows of `{}` came in another dtype", tensor.name),
-            });
-        }
-    }
-    Ok(())
-}
-
-fn read_as_is<T: bytemuck::Pod + Send>(view: &TensorView, target: &mut [T]) -> Result<()> {
-    let bytes: &mut [u8] = bytemuck::cast_slice_mut(target);
-    bytes
-        .par_chunks_mut(PIECE)
-        .enumerate()
-        .try_for_each(|(i, piece)| Ok(view.read_into((i * PIECE) as u64, piece)?))
-}
-
-fn widen<T: bytemuck::Pod + Send>(
-    view: &TensorView,
-    target: &mut [f32],
-    convert: impl Fn(&mut [f32], &[T]) + Sync,
-) -> Result<()> {
-    let elements = PIECE / size_of::<T>();
-    target.par_chunks_mut(elements).enumerate().try_for_each(|(i, to)| {
-        let mut from = vec![T::zeroed(); to.len()];
-        view.read_into((i * PIECE) as u64, bytemuck::cast_slice_mut(&mut from))?;
-        convert(to, &from);
-        Ok(())
-    })
 }

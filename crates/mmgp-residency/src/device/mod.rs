@@ -11,6 +11,7 @@ use mmgp_io::Dtype;
 use crate::{BlockImage, Bytes, Result};
 
 mod host;
+mod read;
 
 pub use host::Host;
 

@@ -11,7 +11,9 @@ use mmgp_io::Dtype;
 use mmgp_quant::{Form, Target};
 
 use super::{NewBlock, Pager, State};
-use crate::{BlockImage, Error, ImageTensor, Plan, Result, Segment, placeholder::placeholder};
+use crate::{
+    BlockImage, Error, ImageTensor, Making, Plan, Result, Segment, placeholder::placeholder,
+};
 
 /// A linear layer of a paged model and the block that it belongs to.
 #[derive(Clone, Debug)]
@@ -152,7 +154,10 @@ impl Pager {
         let dtype: DType = agreed.unwrap_or(device.compute_dtype());
         let tensor = placeholder(shape, dtype, device.candle())?;
         let (name, shape, segments) = (name.clone(), shape.clone(), segments.clone());
-        Ok((ImageTensor { name, dtype, shape, offset: 0, segments }, tensor))
+        Ok((
+            ImageTensor { name, dtype, shape, offset: 0, segments, making: Making::Values },
+            tensor,
+        ))
     }
 }
 

@@ -1,0 +1,182 @@
+//! int8 weights, symmetric, one scale per output channel.
+//!
+//! Stored as quanto does (`{layer}.weight._data` I8 `[outputs, inputs]`, `{layer}.weight._scale`
+//! `[outputs, 1]`), or made from a dense weight while it is read, where the source wants that. Codes
+//! travel as bytes, since candle has no I8, and stay int8 on the device. The product expands 64 rows at
+//! a time to `code · scale`: in f32, or, where the source says so, rounded to the scale's dtype, as
+//! quanto and [`decode`](QuantTensor::decode) do.
+
+use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Shape, Tensor};
+use half::{bf16, f16};
+use mmgp_io::Dtype;
+
+use super::dense::{product, slice};
+use crate::{
+    Error, Form, Format, Part, QuantTensor, Result, Weights,
+    kernels::{
+        cpu::{Rounding, Rows},
+        int8,
+    },
+};
+
+/// The format of int8 weights with a scale per output channel.
+pub(crate) struct Int8;
+
+impl Int8 {
+    const CODES: &str = "_data";
+    const SCALES: &str = "_scale";
+}
+
+fn of(parts: &[Part], leaf: &str, inputs: Option<usize>) -> Vec<Part> {
+    let shape = |part: &Part| vec![part.shape[0], inputs.unwrap_or(1)];
+    parts.iter().map(|p| Part { name: format!("{}.{leaf}", p.name), shape: shape(p) }).collect()
+}
+
+impl Format for Int8 {
+    fn name(&self) -> &'static str {
+        "int8"
+    }
+
+    fn recognises(&self, weights: &Weights, parts: &[Part]) -> bool {
+        let codes = |part: &Part| {
+            let stored = weights.source().stored(&format!("{}.{}", part.name, Self::CODES));
+            stored.is_some_and(|s| s.dtype == Dtype::I8)
+        };
+        parts.iter().all(codes) || weights.source().quantizes(parts)
+    }
+
+    fn open(&self, weights: &Weights, parts: &[Part]) -> Result<Box<dyn QuantTensor>> {
+        let source = weights.source();
+        if source.quantizes(parts) {
+            let codes = source.tensor(parts, Form::Int8Codes)?;
+            let scales = source.tensor(parts, Form::Int8Scales)?;
+            return Ok(Box::new(Int8Weight { codes, scales, rounded: source.rounds_int8() }));
+        }
+        let inputs = parts.first().and_then(|p| p.shape.get(1)).copied();
+        let scales = of(parts, Self::SCALES, None);
+        for part in &scales {
+            if let Some(stored) = source.stored(&part.name)
+                && !matches!(stored.dtype, Dtype::BF16 | Dtype::F16 | Dtype::F32)
+            {
+                return Err(Error::Format {
+                    origin: stored.origin,
+                    name: part.name.clone(),
+                    found: stored.dtype,
+                    expected: "BF16, F16 or F32",
+                });
+            }
+        }
+        let codes = source.tensor(&of(parts, Self::CODES, inputs), Form::AsStored)?;
+        let scales = source.tensor(&scales, Form::AsStored)?;
+        Ok(Box::new(Int8Weight { codes, scales, rounded: source.rounds_int8() }))
+    }
+}
+
+struct Int8Weight {
+    /// U8 `[outputs, inputs]`, two's complement.
+    codes: Tensor,
+    /// bf16, f16 or f32 `[outputs, 1]`.
+    scales: Tensor,
+    /// Whether products round `code · scale` to the scale's dtype.
+    rounded: bool,
+}
+
+impl QuantTensor for Int8Weight {
+    fn format(&self) -> &'static str {
+        Int8.name()
+    }
+
+    fn product(&self, x: &Tensor, bias: Option<&Tensor>) -> candle_core::Result<Tensor> {
+        if !x.device().is_cpu() {
+            candle_core::bail!("int8 products are not built for {:?}", x.device().location());
+        }
+        let y =
+            x.apply_op3_no_bwd(&self.codes, &self.scales, &Product { rounded: self.rounded })?;
+        match bias {
+            Some(bias) => y.broadcast_add(bias),
+            None => Ok(y),
+        }
+    }
+
+    fn decode(&self) -> candle_core::Result<Tensor> {
+        self.codes.apply_op2_no_bwd(&self.scales, &Decode)
+    }
+}
+
+/// The scales as f32.
+fn widened(storage: &CpuStorage, layout: &Layout) -> candle_core::Result<Vec<f32>> {
+    Ok(match storage {
+        CpuStorage::BF16(_) => slice::<bf16>(storage, layout)?.iter().map(|s| s.to_f32()).collect(),
+        CpuStorage::F16(_) => slice::<f16>(storage, layout)?.iter().map(|s| s.to_f32()).collect(),
+        CpuStorage::F32(_) => slice::<f32>(storage, layout)?.to_vec(),
+        _ => candle_core::bail!("int8: the scales are not leased, or of another dtype"),
+    })
+}
+
+struct Product {
+    rounded: bool,
+}
+
+impl CustomOp3 for Product {
+    fn name(&self) -> &'static str {
+        "int8 linear"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        lx: &Layout,
+        codes: &CpuStorage,
+        lc: &Layout,
+        scales: &CpuStorage,
+        ls: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        let (outputs, inputs) = lc.shape().dims2()?;
+        let rounding = match (self.rounded, scales) {
+            (true, CpuStorage::BF16(_)) => Rounding::Bf16,
+            (true, CpuStorage::F16(_)) => Rounding::F16,
+            _ => Rounding::F32,
+        };
+        let scales = widened(scales, ls)?;
+        if scales.len() != outputs {
+            candle_core::bail!("int8: {} scales for {outputs} outputs", scales.len());
+        }
+        let rows = Rows::Int8 { codes: slice::<u8>(codes, lc)?, scales: &scales, rounding };
+        product((x, lx), rows, (outputs, inputs), None)
+    }
+}
+
+struct Decode;
+
+impl CustomOp2 for Decode {
+    fn name(&self) -> &'static str {
+        "int8 decode"
+    }
+
+    fn cpu_fwd(
+        &self,
+        codes: &CpuStorage,
+        lc: &Layout,
+        scales: &CpuStorage,
+        ls: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        fn run<T: int8::Real + bytemuck::Zeroable>(
+            codes: &[u8],
+            inputs: usize,
+            scales: &[T],
+        ) -> Vec<T> {
+            let mut weight = bytemuck::allocation::zeroed_vec(codes.len());
+            int8::decode(codes, inputs, scales, &mut weight);
+            weight
+        }
+        let (outputs, inputs) = lc.shape().dims2()?;
+        let all = slice::<u8>(codes, lc)?;
+        let storage = match scales {
+            CpuStorage::BF16(_) => CpuStorage::BF16(run(all, inputs, slice::<bf16>(scales, ls)?)),
+            CpuStorage::F16(_) => CpuStorage::F16(run(all, inputs, slice::<f16>(scales, ls)?)),
+            CpuStorage::F32(_) => CpuStorage::F32(run(all, inputs, slice::<f32>(scales, ls)?)),
+            _ => candle_core::bail!("int8: the scales are not leased, or of another dtype"),
+        };
+        Ok((storage, Shape::from((outputs, inputs))))
+    }
+}
