@@ -134,3 +134,37 @@ fn a_dropped_model_gives_its_memory_back() {
     assert_eq!(run(&late).unwrap(), expected);
     assert_eq!(run(&keep).unwrap(), expected);
 }
+
+#[test]
+fn int8_made_on_the_fly_gives_the_same_bits_under_every_budget() {
+    use mmgp_quant::QuantPolicy;
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.safetensors");
+    write(&path, 7, 1);
+    let pager = Pager::new(&Device::Cpu).unwrap();
+    let dense = build(&pager, "dense", &path, 7);
+    let tower = |exclude: &[&str]| {
+        let exclude: Vec<String> = exclude.iter().map(|s| s.to_string()).collect();
+        common::build_with(&pager, "int8", &path, 7, |b| {
+            b.quantize(QuantPolicy::int8(&exclude).unwrap());
+        })
+    };
+    let int8 = tower(&[]);
+    let plan = pager.plan(Budget::Unlimited).unwrap();
+    assert!(plan.models[1].bytes < plan.models[0].bytes);
+    let (exact, expected) = (run(&dense).unwrap(), run(&int8).unwrap());
+    let values = |bits: &[u32]| bits.iter().map(|&b| f32::from_bits(b)).collect::<Vec<_>>();
+    let (a, b) = (values(&exact), values(&expected));
+    let norm = |v: &mut dyn Iterator<Item = f32>| v.map(|x| x * x).sum::<f32>().sqrt();
+    let error = norm(&mut a.iter().zip(&b).map(|(a, b)| a - b)) / norm(&mut a.iter().copied());
+    assert!(error > 0. && error < 0.02, "{error}");
+    for budget in [Budget::Min, Budget::Percent(40.), Budget::Percent(70.)] {
+        pager.plan(budget).unwrap();
+        for _ in 0..2 {
+            assert_eq!(run(&int8).unwrap(), expected, "{budget}");
+        }
+    }
+    drop(int8);
+    assert_eq!(run(&tower(&["layers.*"])).unwrap(), exact, "all excluded by name");
+    assert_ne!(run(&tower(&["layers.1.*"])).unwrap(), expected);
+}

@@ -250,3 +250,107 @@ mod sealed {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// The rule as it is written, one weight at a time.
+    fn by_the_rule<T: Real>(row: &[T]) -> (Vec<u8>, f32) {
+        let amax = row.iter().fold(0f32, |m, w| m.max(w.widen().abs()));
+        let scale = T::round(amax / 127.).widen();
+        let scale = if scale == 0. { 1. } else { scale };
+        let code = |w: &T| ((w.widen() / scale).round_ties_even().clamp(-128., 127.)) as i8 as u8;
+        (row.iter().map(code).collect(), scale)
+    }
+
+    fn check<T: Real + PartialEq + std::fmt::Debug>(weight: &[T], inputs: usize) {
+        let rows = weight.len() / inputs;
+        for isa in Isa::available() {
+            let (mut codes, mut scales) = (vec![9; weight.len()], vec![T::round(9.); rows]);
+            quantize_with(isa, weight, inputs, &mut codes, &mut scales).unwrap();
+            let mut wide = vec![0f32; inputs];
+            for (row, weight) in weight.chunks(inputs).enumerate() {
+                let (expected, scale) = by_the_rule(weight);
+                let codes = &codes[row * inputs..][..inputs];
+                assert_eq!(codes, expected, "{isa:?}");
+                assert_eq!(scales[row].widen(), scale, "{isa:?}");
+                expand_row(isa, codes, scale, &mut wide);
+                let expanded = |&code: &u8| f32::from(code as i8) * scale;
+                assert_eq!(wide, codes.iter().map(expanded).collect::<Vec<_>>(), "{isa:?}");
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn every_variant_follows_the_rule(
+            values in prop::collection::vec(-3f32..3., 1..400),
+            inputs in 1usize..90,
+            power in -30i32..20,
+        ) {
+            let inputs = inputs.min(values.len());
+            let values: Vec<f32> = values.iter().map(|v| v * 2f32.powi(power)).collect();
+            let whole = values.len() / inputs * inputs;
+            let values = &values[..whole];
+            check(values, inputs);
+            check(&values.iter().map(|&v| bf16::from_f32(v)).collect::<Vec<_>>(), inputs);
+            if power < 14 {
+                check(&values.iter().map(|&v| f16::from_f32(v)).collect::<Vec<_>>(), inputs);
+            }
+        }
+
+        #[test]
+        fn half_precision_is_widened_exactly(bits: u16) {
+            let value = f16::from_bits(bits);
+            let (ours, theirs) = (sealed::Element::widen(&value), value.to_f32());
+            prop_assert!(ours == theirs || (ours.is_nan() && theirs.is_nan()));
+        }
+    }
+
+    #[test]
+    fn zeros_get_scale_one_and_what_is_not_finite_is_found() {
+        let (mut codes, mut scales) = ([9; 4], [9f32; 2]);
+        quantize(&[0., -0., 1e-45, 0.], 2, &mut codes, &mut scales).unwrap();
+        assert_eq!((codes, scales), ([0; 4], [1.; 2]));
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let fault = quantize(&[0., 1., 2., bad], 2, &mut codes, &mut scales).unwrap_err();
+            assert_eq!(fault, NotFinite { row: 1, column: 1 });
+        }
+    }
+
+    #[test]
+    fn decoding_rounds_once_to_the_dtype_of_the_scale() {
+        let (scales, mut weight) = ([bf16::from_f32(0.0123)], [bf16::ZERO; 3]);
+        decode(&[127, 0x80, 3], 3, &scales, &mut weight);
+        let expected = [127f32, -128., 3.].map(|c| bf16::from_f32(c * scales[0].to_f32()));
+        assert_eq!(weight, expected);
+    }
+
+    /// `cargo test --release -p mmgp-quant -- --ignored --nocapture speed`
+    #[test]
+    #[ignore = "prints a speed, asserts nothing"]
+    fn speed() {
+        let weight: Vec<bf16> = (0..64 << 20)
+            .map(|i: u32| bf16::from_f32(i.wrapping_mul(2654435761) as f32 - 2e9))
+            .collect();
+        let inputs = 4096;
+        let (mut codes, mut copy) = (vec![0u8; weight.len()], weight.clone());
+        let mut scales = vec![bf16::ZERO; weight.len() / inputs];
+        let mut best = [f64::MAX; 2];
+        for _ in 0..7 {
+            let begun = std::time::Instant::now();
+            copy.par_chunks_mut(TASK)
+                .zip(weight.par_chunks(TASK))
+                .for_each(|(to, from)| to.copy_from_slice(from));
+            best[0] = best[0].min(begun.elapsed().as_secs_f64());
+            let begun = std::time::Instant::now();
+            quantize(&weight, inputs, &mut codes, &mut scales).unwrap();
+            best[1] = best[1].min(begun.elapsed().as_secs_f64());
+        }
+        let speed = best.map(|s| (weight.len() * 2) as f64 / s * 1e-9);
+        println!("memcpy {:.1} GB/s, bf16 to int8 {:.1} GB/s", speed[0], speed[1]);
+    }
+}

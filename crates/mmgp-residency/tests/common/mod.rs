@@ -47,7 +47,19 @@ pub fn write(path: &Path, depth: usize, seed: u32) {
 }
 
 pub fn build(pager: &Pager, name: &str, path: &Path, depth: usize) -> Tower {
-    let builder = ModelBuilder::new(pager, name, Arc::new(Checkpoint::open(path).unwrap()));
+    build_with(pager, name, path, depth, |_| ())
+}
+
+pub fn build_with(
+    pager: &Pager,
+    name: &str,
+    path: &Path,
+    depth: usize,
+    prepare: impl FnOnce(&mut ModelBuilder),
+) -> Tower {
+    let checkpoint = Arc::new(Checkpoint::open(path).unwrap());
+    let mut builder = ModelBuilder::new(pager, name, checkpoint);
+    prepare(&mut builder);
     let stem = builder.stem().tensor(&[WIDTH], "scale").unwrap();
     let blocks = (0..depth)
         .map(|i| {
