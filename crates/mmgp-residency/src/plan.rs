@@ -19,6 +19,9 @@ pub enum Budget {
     Auto,
     /// So many bytes.
     Bytes(Bytes),
+    /// So many bytes, or the smallest that works if that is more; the plan says where it was raised.
+    /// For presets, which know no model; what a user asks for is refused instead.
+    AtLeastMin(Bytes),
     /// A share, in percent, of all weights as they lie in slots.
     Percent(f64),
 }
@@ -50,6 +53,7 @@ impl fmt::Display for Budget {
             Budget::Unlimited => f.pad("unlimited"),
             Budget::Auto => f.pad("auto"),
             Budget::Bytes(bytes) => bytes.fmt(f),
+            Budget::AtLeastMin(bytes) => f.pad(&format!("{bytes} or min")),
             Budget::Percent(share) => f.pad(&format!("{share}%")),
         }
     }
@@ -115,6 +119,8 @@ pub struct ModelPlan {
     pub bytes: Bytes,
     /// What it may hold.
     pub limit: Bytes,
+    /// The budget that was too small for this model and was raised ([`Budget::AtLeastMin`]).
+    pub raised: Option<Bytes>,
     /// Slot 0 is the stem's.
     pub slots: Vec<SlotPlan>,
     /// The slot of each block, the stem first. A block always comes to the same slot.
@@ -168,7 +174,7 @@ impl ModelPlan {
             };
         }
         let (name, bytes) = (sizes.name.clone(), Bytes(sizes.total()));
-        Self { name, bytes, limit: Bytes(limit), slots, slot_of }
+        Self { name, bytes, limit: Bytes(limit), raised: None, slots, slot_of }
     }
 }
 
@@ -199,6 +205,7 @@ impl Plan {
             Budget::Min => minimum,
             Budget::Unlimited => u64::MAX,
             Budget::Bytes(bytes) => bytes.0,
+            Budget::AtLeastMin(bytes) => bytes.0.max(minimum),
             Budget::Percent(percent) => share(weights, percent),
             Budget::Auto => {
                 let half = available()?.0 / 2;
@@ -213,6 +220,7 @@ impl Plan {
                     Budget::Min => model.minimum(),
                     Budget::Unlimited | Budget::Auto => u64::MAX,
                     Budget::Bytes(bytes) => bytes.0,
+                    Budget::AtLeastMin(bytes) => bytes.0.max(model.minimum()),
                     Budget::Percent(percent) => share(model.total(), *percent),
                 });
             }
@@ -228,7 +236,14 @@ impl Plan {
                     minimum: Bytes(minimum),
                 });
             }
-            plans.push(ModelPlan::make(model, limit));
+            let own = budgets.models.iter().filter(|(name, _)| *name == model.name);
+            let asked = own.map(|(_, cap)| cap).chain([&budgets.total]);
+            let raised = asked.filter_map(|budget| match budget {
+                Budget::AtLeastMin(bytes) if bytes.0 < model.minimum() => Some(*bytes),
+                _ => None,
+            });
+            let raised = raised.min();
+            plans.push(ModelPlan { raised, ..ModelPlan::make(model, limit) });
         }
         let bytes = |n| Bytes(n);
         Ok(Self {
@@ -263,6 +278,9 @@ impl fmt::Display for Plan {
                 )?;
             }
             write!(f, ", holds {}", m.held())?;
+            if let Some(asked) = m.raised {
+                write!(f, " (its budget of {asked} is too small and was raised to {})", m.limit)?;
+            }
         }
         Ok(())
     }
@@ -349,6 +367,28 @@ mod tests {
             models: vec![("b".into(), Budget::Bytes(Bytes(3)))],
         };
         assert!(Plan::make(&models, &budgets, none).is_err());
+    }
+
+    #[test]
+    fn a_budget_of_at_least_the_minimum_is_raised_and_says_so() {
+        let models = [model("a", 10, &[5, 7, 5]), model("b", 1, &[3, 3])];
+        let cap = |total, bytes| {
+            let caps = vec![("a".to_string(), Budget::AtLeastMin(Bytes(bytes)))];
+            Plan::make(&models, &Budgets { total, models: caps }, none)
+        };
+        let plan = cap(Budget::Unlimited, 12).unwrap();
+        assert_eq!((plan.models[0].limit, plan.models[0].raised), (Bytes(17), Some(Bytes(12))));
+        assert_eq!(plan.models[1].raised, None);
+        let said = plan.to_string();
+        assert!(said.contains("its budget of 12 B is too small and was raised to 17 B"), "{said}");
+        let plan = cap(Budget::Unlimited, 20).unwrap();
+        assert_eq!((plan.models[0].limit, plan.models[0].raised), (Bytes(20), None));
+        // It lifts itself, not the budget of all.
+        assert!(cap(Budget::Bytes(Bytes(16)), 12).is_err());
+
+        let plan = Plan::make(&models, &Budget::AtLeastMin(Bytes(12)).into(), none).unwrap();
+        assert_eq!((plan.budget, plan.models[0].raised), (Bytes(17), Some(Bytes(12))));
+        assert_eq!(plan.models[1].raised, None, "12 B are enough for it");
     }
 
     #[test]

@@ -16,7 +16,7 @@ use super::{
     read::{no_way, quantize_tensor, read_tensor},
 };
 use crate::{
-    BlockImage, Bytes, Error, ImageTensor, Making, Result,
+    BlockImage, Bytes, Error, HostMemory, ImageTensor, Making, Result,
     placeholder::{empty, exchange, poison},
 };
 
@@ -63,23 +63,9 @@ impl Device for Host {
         })
     }
 
-    /// `MemAvailable`, or what the process' control group leaves if that is less.
+    /// What [`HostMemory`] says is available; no limit where the operating system does not tell.
     fn available(&self) -> Result<Bytes> {
-        let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
-        let number = |path: &str| read(path).trim().parse::<u64>().ok();
-        let machine = read("/proc/meminfo")
-            .lines()
-            .find_map(|line| {
-                line.strip_prefix("MemAvailable:")?.split_whitespace().next()?.parse().ok()
-            })
-            .map_or(u64::MAX, |kib: u64| kib * 1024);
-        let group = |limit: &str, used: &str| Some(number(limit)?.saturating_sub(number(used)?));
-        let v2 = group("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current");
-        let v1 = group(
-            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-            "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-        );
-        Ok(Bytes(machine.min(v2.or(v1).unwrap_or(u64::MAX))))
+        Ok(HostMemory::read().map_or(Bytes(u64::MAX), |memory| memory.available))
     }
 
     fn slot(&self, _capacity: Bytes) -> Result<Box<dyn Slot>> {
