@@ -6,9 +6,47 @@
 
 use std::path::Path;
 
+use mmgp_quant::QuantPolicy;
+use mmgp_residency::ModelBuilder;
 use serde::Deserialize;
 
 use crate::{Error, Result};
+
+/// How a pipeline's weights are taken.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct OpenOptions {
+    /// Models whose linear weights become int8 while they are read.
+    pub quantize: Vec<String>,
+    /// Layers of them that stay as they are: patterns of full stored names, `*` and `?`.
+    pub exclude: Vec<String>,
+}
+
+impl OpenOptions {
+    /// Checks the models to quantize against those that can be.
+    ///
+    /// # Errors
+    /// A name that is none of `models`.
+    pub(crate) fn expect(&self, models: &[&str]) -> Result<()> {
+        match self.quantize.iter().find(|name| !models.contains(&name.as_str())) {
+            None => Ok(()),
+            Some(name) => Err(Error::Input(format!(
+                "`{name}` cannot be quantized: expected some of {}",
+                models.join(", ")
+            ))),
+        }
+    }
+
+    /// Lets `builder` quantize if its model is among those.
+    ///
+    /// # Errors
+    /// A pattern that is none.
+    pub(crate) fn apply(&self, builder: &mut ModelBuilder) -> Result<()> {
+        if self.quantize.iter().any(|name| name == builder.name()) {
+            builder.quantize(QuantPolicy::int8(&self.exclude)?);
+        }
+        Ok(())
+    }
+}
 
 /// What is to be drawn.
 #[derive(Clone, Debug, PartialEq)]
@@ -161,6 +199,10 @@ pub trait Pipeline {
     /// # Errors
     /// Sizes, steps or lengths that the pipeline cannot do, with what it can.
     fn check(&self, request: &Request) -> Result<()>;
+
+    /// Forgets the prompt embeddings that were kept: to be called when something that changes them
+    /// did, such as an adapter of a text encoder.
+    fn forget_prompts(&mut self);
 
     /// Draws. Prompt embeddings are kept, so that the next picture of the same prompt needs no
     /// encoder.

@@ -10,13 +10,14 @@ use std::{
 use mmgp_residency::Pager;
 use serde_json::Value;
 
-use crate::{Error, Pipeline, Result, flux::FluxPipeline};
+use crate::{Error, OpenOptions, Pipeline, Result, flux::FluxPipeline};
 
 /// Opens a pipeline's folder, given its `model_index.json`.
-type Open = fn(&Path, &ModelIndex, &Pager) -> Result<Box<dyn Pipeline>>;
+type Open = fn(&Path, &ModelIndex, &Pager, &OpenOptions) -> Result<Box<dyn Pipeline>>;
 
-const FAMILIES: &[(&str, Open)] =
-    &[("FluxPipeline", |dir, index, pager| Ok(Box::new(FluxPipeline::open(dir, index, pager)?)))];
+const FAMILIES: &[(&str, Open)] = &[("FluxPipeline", |dir, index, pager, options| {
+    Ok(Box::new(FluxPipeline::open(dir, index, pager, options)?))
+})];
 
 /// A folder's `model_index.json`: which class stands in which subfolder.
 #[derive(Debug)]
@@ -55,6 +56,14 @@ impl ModelIndex {
             .ok_or_else(|| self.wrong("_class_name", "the name of a pipeline class"))
     }
 
+    /// The parts of the pipeline and their classes, `(name, class)`.
+    pub fn classes(&self) -> Vec<(&str, &str)> {
+        self.entries
+            .iter()
+            .filter_map(|(name, part)| Some((name.as_str(), part.get(1)?.as_str()?)))
+            .collect()
+    }
+
     /// Checks that the part `name`, whose config is the file `config` in its folder, is of one of
     /// `classes`, and returns the config's path.
     ///
@@ -90,11 +99,15 @@ impl ModelIndex {
 ///
 /// # Errors
 /// Anything in the folder that is missing, malformed or of an unknown class.
-pub fn open_pipeline(dir: &Path, pager: &Pager) -> Result<Box<dyn Pipeline>> {
+pub fn open_pipeline(
+    dir: &Path,
+    pager: &Pager,
+    options: &OpenOptions,
+) -> Result<Box<dyn Pipeline>> {
     let index = ModelIndex::read(dir)?;
     let class = index.class()?;
     match FAMILIES.iter().find(|(name, _)| *name == class) {
-        Some((_, open)) => open(dir, &index, pager),
+        Some((_, open)) => open(dir, &index, pager, options),
         None => {
             let known: Vec<_> = FAMILIES.iter().map(|(name, _)| *name).collect();
             Err(index.wrong("_class_name", &format!("one of {}", known.join(", "))))

@@ -23,6 +23,12 @@ pub enum Error {
     /// A model or pipeline that could not be built or run.
     #[error(transparent)]
     Models(#[from] mmgp_models::Error),
+    /// An adapter that cannot be read, or fits nothing.
+    #[error(transparent)]
+    Lora(#[from] mmgp_lora::Error),
+    /// A setting that means nothing.
+    #[error(transparent)]
+    Profiles(#[from] mmgp_profiles::Error),
     /// Weights that could not be placed.
     #[error(transparent)]
     Residency(#[from] mmgp_residency::Error),

@@ -7,11 +7,11 @@
 //! use mmgp::{Budget, Offload};
 //!
 //! # fn main() -> mmgp::Result<()> {
-//! let offload = Offload::builder().budget(Budget::Percent(25.)).build()?;
+//! let mut offload = Offload::builder().budget(Budget::Percent(25.)).build()?;
 //! let mut pipeline = offload.pipeline("assets/tiny-flux")?;
 //! println!("{}", offload.plan()?); // made from headers alone, nothing is loaded yet
 //! let request = pipeline.defaults().request("red heart");
-//! let picture = pipeline.generate(&request, &mut |_| ())?;
+//! let picture = offload.generate(&mut *pipeline, &request, &mut |_| ())?;
 //! mmgp::write_png("red-heart.png".as_ref(), &picture, &[])?;
 //! println!("{}", offload.report());
 //! # Ok(())
@@ -41,7 +41,9 @@ mod offload;
 mod picture;
 
 pub use error::{Error, Result};
+pub use mmgp_lora::{AdapterArg, Skipped, StepWeights, Unfit};
 pub use mmgp_models::{Defaults, Event, Picture, Pipeline, Recipe, Request};
+pub use mmgp_profiles::{Amounts, Hardware, Models, Profile, Settings, Switch};
 pub use mmgp_residency::{Budget, Budgets, Bytes, Plan, Report, process_peak};
 pub use offload::{Module, Offload, OffloadBuilder};
 pub use picture::{Names, write_png};

@@ -1,4 +1,4 @@
-//! The facade: a device, budgets, and models under names.
+//! The facade: a device, settings and budgets, models under names, adapters beside them.
 
 use std::{
     path::Path,
@@ -8,20 +8,28 @@ use std::{
 use candle_core::{DType, Device};
 use candle_nn::VarBuilder;
 use mmgp_io::Checkpoint;
-use mmgp_models::{Pipeline, open_pipeline};
+use mmgp_lora::{Adapter, AdapterArg, AdapterSet, Skipped, StepWeights, Steps, Unfit};
+use mmgp_models::{Event, ModelIndex, OpenOptions, Picture, Pipeline, Request, open_pipeline};
+use mmgp_profiles::{Profile, Settings};
 use mmgp_residency::{Budget, Budgets, ModelBuilder, Paged, Pager, Plan, Report, check_pageable};
 
 use crate::Result;
 
+/// Models whose adapters a LoRA file may hold; the first is meant where a file names none.
+const ADAPTED: [&str; 3] = ["transformer", "text_encoder", "text_encoder_2"];
+
 /// Models that share one device and its budgets.
 pub struct Offload {
     pager: Pager,
+    settings: Settings,
     budgets: Budgets,
+    adapters: Option<AdapterSet>,
 }
 
 /// Collects what an [`Offload`] needs.
 pub struct OffloadBuilder {
     device: Device,
+    settings: Settings,
     budgets: Budgets,
 }
 
@@ -47,27 +55,62 @@ impl OffloadBuilder {
         self
     }
 
+    /// One of the five presets, or settings of one's own; by default nothing is quantized.
+    #[must_use]
+    pub fn settings(mut self, settings: Settings) -> Self {
+        self.settings = settings;
+        self
+    }
+
     /// Starts the pager. Nothing is read.
     ///
     /// # Errors
     /// A device that this build cannot page on.
     pub fn build(self) -> Result<Offload> {
-        Ok(Offload { pager: Pager::new(&self.device)?, budgets: self.budgets })
+        let pager = Pager::new(&self.device)?;
+        Ok(Offload { pager, settings: self.settings, budgets: self.budgets, adapters: None })
     }
 }
 
 impl Offload {
     /// Starts with the CPU and [`Budget::Auto`].
     pub fn builder() -> OffloadBuilder {
-        OffloadBuilder { device: Device::Cpu, budgets: Budget::Auto.into() }
+        let settings = Settings::default();
+        OffloadBuilder { device: Device::Cpu, settings, budgets: Budget::Auto.into() }
     }
 
-    /// Opens a pipeline's folder. Reads configs, tokenizers and headers, no weights.
+    /// A pipeline held as one of the five presets says, in one line.
     ///
     /// # Errors
-    /// Anything in the folder that is missing, malformed or of an unknown class.
-    pub fn pipeline(&self, dir: impl AsRef<Path>) -> Result<Box<dyn Pipeline>> {
-        Ok(open_pipeline(dir.as_ref(), &self.pager)?)
+    /// Those of [`pipeline`](Self::pipeline) and [`plan`](Self::plan).
+    pub fn profile(
+        pipeline: impl AsRef<Path>,
+        profile: Profile,
+    ) -> Result<(Self, Box<dyn Pipeline>)> {
+        let mut offload = Self::builder().settings(profile.settings()).build()?;
+        let pipeline = offload.pipeline(pipeline)?;
+        offload.plan()?;
+        Ok((offload, pipeline))
+    }
+
+    /// Opens a pipeline's folder; the settings say which of its models are quantized and what each
+    /// may hold. Reads configs, tokenizers and headers, no weights.
+    ///
+    /// # Errors
+    /// Anything in the folder that is missing, malformed or of an unknown class; settings that name
+    /// models which the pipeline lacks.
+    pub fn pipeline(&mut self, dir: impl AsRef<Path>) -> Result<Box<dyn Pipeline>> {
+        let index = ModelIndex::read(dir.as_ref())?;
+        let classes = index.classes();
+        let quantize = self.settings.models_to_quantize(&classes)?;
+        let options = OpenOptions {
+            quantize: quantize.into_iter().map(String::from).collect(),
+            exclude: self.settings.quantize_exclude.get().clone(),
+        };
+        let names: Vec<&str> = classes.iter().map(|(name, _)| *name).collect();
+        let caps = self.settings.budgets_of(&names, self.budgets.total)?;
+        self.budgets.models.extend(caps.models);
+        Ok(open_pipeline(dir.as_ref(), &self.pager, &options)?)
     }
 
     /// Loads an unmodified candle module under `name`, paged whole: its weights are on the device
@@ -87,6 +130,79 @@ impl Offload {
         let builder = ModelBuilder::new(&self.pager, name, checkpoint);
         let module = build(builder.var_builder(dtype))?;
         Ok(Module(builder.finish(module, Vec::new())?))
+    }
+
+    /// Puts LoRA files beside the models in place of those that were there, and makes the plan anew.
+    /// What does not fit fails the call and leaves the set as it was, or is skipped and returned, as
+    /// `unfit` says.
+    ///
+    /// # Errors
+    /// Files that cannot be read or fit nothing; a budget that is too small with them.
+    pub fn load_loras_into_model(
+        &mut self,
+        pipeline: &mut dyn Pipeline,
+        files: &[AdapterArg],
+        unfit: Unfit,
+    ) -> Result<Vec<Skipped>> {
+        let mut adapters = Vec::with_capacity(files.len());
+        for AdapterArg { file, weights } in files {
+            adapters.push((Adapter::open(file)?, weights.clone()));
+        }
+        let set = self.adapters.get_or_insert_with(|| {
+            let present = self.pager.models();
+            let models: Vec<&str> =
+                ADAPTED.into_iter().filter(|name| present.iter().any(|p| p == name)).collect();
+            AdapterSet::new(&self.pager, &models)
+        });
+        let skipped = set.load(&adapters, unfit)?;
+        pipeline.forget_prompts();
+        Ok(skipped)
+    }
+
+    /// Gives the loaded LoRAs other weights over the steps, in their order. Nothing is read.
+    ///
+    /// # Errors
+    /// Another number of weights than of loaded files.
+    pub fn activate_loras(
+        &mut self,
+        pipeline: &mut dyn Pipeline,
+        weights: &[StepWeights],
+    ) -> Result<()> {
+        match &mut self.adapters {
+            Some(set) => set.set_weights(weights)?,
+            None if weights.is_empty() => {}
+            None => {
+                let found = weights.len();
+                return Err(mmgp_lora::Error::WeightCount { expected: 0, found }.into());
+            }
+        }
+        pipeline.forget_prompts();
+        Ok(())
+    }
+
+    /// Draws with `pipeline`, the LoRAs at their weights for each step.
+    ///
+    /// # Errors
+    /// Those of [`Pipeline::generate`].
+    pub fn generate(
+        &self,
+        pipeline: &mut dyn Pipeline,
+        request: &Request,
+        tell: &mut dyn FnMut(Event),
+    ) -> Result<Picture> {
+        let set_step = |step: usize, of: usize| {
+            if let Some(set) = &self.adapters {
+                set.set_step(step, &Steps::new(of));
+            }
+        };
+        set_step(0, request.steps);
+        let picture = pipeline.generate(request, &mut |event| {
+            if let Event::Step { index, of } = event {
+                set_step(index, of);
+            }
+            tell(event);
+        });
+        Ok(picture?)
     }
 
     /// Changes the limit on all weights; takes effect with the next plan.

@@ -10,7 +10,7 @@ use mmgp_io::Checkpoint;
 use mmgp_residency::{ModelBuilder, Pager};
 
 use crate::{
-    Defaults, Error, Event, ModelIndex, Picture, Pipeline, Recipe, Request, Result,
+    Defaults, Error, Event, ModelIndex, OpenOptions, Picture, Pipeline, Recipe, Request, Result,
     flux::{FluxConfig, FluxInputs, FluxTransformer, latents},
     noise::torch_normal,
     schedulers::flow_match_euler::{self, FlowMatchConfig, FlowMatchEuler, linspace_sigmas},
@@ -44,6 +44,7 @@ pub struct FluxPipeline {
     vae: KlConfig,
     defaults: Defaults,
     device: Device,
+    options: OpenOptions,
     kept: Vec<Encoded>,
 }
 
@@ -61,7 +62,13 @@ impl FluxPipeline {
     ///
     /// # Errors
     /// Anything in the folder that is missing, malformed, of another class, or does not fit the rest.
-    pub fn open(dir: &Path, index: &ModelIndex, pager: &Pager) -> Result<Self> {
+    pub fn open(
+        dir: &Path,
+        index: &ModelIndex,
+        pager: &Pager,
+        options: &OpenOptions,
+    ) -> Result<Self> {
+        options.expect(&["transformer", "text_encoder", "text_encoder_2"])?;
         let part = |name: &str, class: &str| index.part(name, "config.json", &[class]);
         let config = FluxConfig::from_file(part("transformer", "FluxTransformer2DModel")?)?;
         let vae = KlConfig::from_file(part("vae", "AutoencoderKL")?)?;
@@ -98,7 +105,11 @@ impl FluxPipeline {
         };
         let encoder_files = ["model", "diffusion_pytorch_model"];
         let model_files = ["diffusion_pytorch_model", "model"];
-        let builder = |name: &str, files: Arc<Checkpoint>| ModelBuilder::new(pager, name, files);
+        let builder = |name: &str, files: Arc<Checkpoint>| -> Result<ModelBuilder> {
+            let mut builder = ModelBuilder::new(pager, name, files);
+            options.apply(&mut builder)?;
+            Ok(builder)
+        };
         let vae_files = open("vae", &model_files)?;
         let dev = config.guidance_embeds;
         let defaults = Defaults {
@@ -115,23 +126,24 @@ impl FluxPipeline {
             clip: ClipText::new(
                 &clip,
                 Projection::No,
-                builder("text_encoder", open("text_encoder", &encoder_files)?),
+                builder("text_encoder", open("text_encoder", &encoder_files)?)?,
             )?,
             t5: T5Encoder::new(
                 &t5,
-                builder("text_encoder_2", open("text_encoder_2", &encoder_files)?),
+                builder("text_encoder_2", open("text_encoder_2", &encoder_files)?)?,
             )?,
             transformer: FluxTransformer::new(
                 &config,
-                builder("transformer", open("transformer", &model_files)?),
+                builder("transformer", open("transformer", &model_files)?)?,
             )?,
-            decoder: KlDecoder::new(&vae, builder("vae", vae_files.clone()))?,
-            _encoder: KlEncoder::new(&vae, builder("vae.encoder", vae_files))?,
+            decoder: KlDecoder::new(&vae, builder("vae", vae_files.clone())?)?,
+            _encoder: KlEncoder::new(&vae, builder("vae.encoder", vae_files)?)?,
             defaults: defaults.overridden_by(dir)?,
             scheduler: FlowMatchEuler::new(scheduler)?,
             config,
             vae,
             device: pager.device().candle().clone(),
+            options: options.clone(),
             kept: Vec::new(),
         })
     }
@@ -239,9 +251,17 @@ impl Pipeline for FluxPipeline {
             ("steps", request.steps.to_string()),
             ("max_sequence_length", request.max_sequence_length.to_string()),
             ("noise", "torch CPU generator".to_string()),
-            ("compute", "f32, dense weights as stored".to_string()),
             ("attention", "softmax over whole rows, queries in chunks".to_string()),
         ];
+        let models = self.options.quantize.join(" and ");
+        let except = match self.options.exclude.join(" ") {
+            patterns if patterns.is_empty() => String::new(),
+            patterns => format!(" but {patterns}"),
+        };
+        recipe.push(match models.as_str() {
+            "" => ("weights", "as stored, products in f32".to_string()),
+            models => ("weights", format!("int8 in {models}{except}, code times scale in f32")),
+        });
         if self.config.guidance_embeds {
             recipe.push(("guidance", request.guidance.to_string()));
         }
@@ -271,6 +291,10 @@ impl Pipeline for FluxPipeline {
             return wrong(format!("guidance {}: expected a number", request.guidance));
         }
         Ok(())
+    }
+
+    fn forget_prompts(&mut self) {
+        self.kept.clear();
     }
 
     fn generate(&mut self, request: &Request, tell: &mut dyn FnMut(Event)) -> Result<Picture> {

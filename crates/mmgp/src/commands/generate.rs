@@ -8,7 +8,10 @@ use std::{
 
 use anyhow::{Context, bail};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use mmgp::{Budget, Event, Names, Offload, Pipeline, Request, process_peak};
+use mmgp::{
+    AdapterArg, Budget, Event, Hardware, Names, Offload, Pipeline, Profile, Request, Settings,
+    Unfit, process_peak,
+};
 
 /// Draw pictures from a prompt.
 ///
@@ -60,6 +63,36 @@ pub(crate) struct Args {
     #[arg(long)]
     budget: Option<String>,
 
+    /// Limits of single models in MiB, beside the budget of all: transformer=1200,*=3000
+    #[arg(long, value_name = "MODEL=MIB,…")]
+    budgets: Option<String>,
+
+    /// A preset by number or name: 1 HighRAM_HighVRAM, 2 HighRAM_LowVRAM, 3 LowRAM_HighVRAM,
+    /// 4 LowRAM_LowVRAM, 5 VerylowRAM_LowVRAM
+    #[arg(long)]
+    profile: Option<Profile>,
+
+    /// Make weights int8 while they are read: `int8` for the transformer, or names of models
+    /// (transformer,text_encoder_2), or `off`
+    #[arg(long, value_name = "WHAT", value_delimiter = ',')]
+    quantize: Option<Vec<String>>,
+
+    /// Layers that are not quantized: a pattern of full names, such as *.attn.* (repeatable)
+    #[arg(long, value_name = "PATTERN")]
+    exclude: Vec<String>,
+
+    /// A LoRA and its weight, 1 if none is given; 0.2,0.8 changes it over the steps (repeatable)
+    #[arg(long, value_name = "FILE[:WEIGHT]")]
+    lora: Vec<AdapterArg>,
+
+    /// Skip and report what does not fit in a LoRA, instead of failing
+    #[arg(long)]
+    lora_lenient: bool,
+
+    /// 0: as --quiet; 2: print every setting, where it comes from, and whether it acts on this machine
+    #[arg(long, value_name = "LEVEL", default_value_t = 1, value_parser = clap::value_parser!(u8).range(0..=2))]
+    verbose: u8,
+
     /// The file to write (.png; overwritten if it exists), or a folder [default: named after the
     /// prompt, never overwriting]
     #[arg(long, value_name = "FILE")]
@@ -74,6 +107,12 @@ pub(crate) struct Args {
     quiet: bool,
 }
 
+impl Args {
+    fn is_quiet(&self) -> bool {
+        self.quiet || self.verbose == 0
+    }
+}
+
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let mut names = match &args.out {
         Some(out) => Names::at(out, &args.prompt)?,
@@ -83,7 +122,11 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         Some(dir) => dir.clone(),
         None => demo()?,
     };
-    let mut offload = Offload::builder().build()?;
+    let settings = settings(args)?;
+    if args.verbose >= 2 {
+        eprintln!("{}", settings.explain(&Hardware::detect()));
+    }
+    let mut offload = Offload::builder().settings(settings).build()?;
     let mut pipeline = offload.pipeline(&dir)?;
     let request = request(args, &*pipeline);
     pipeline.check(&request).map_err(mmgp::Error::from)?;
@@ -93,22 +136,41 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     if let Some(budget) = budget {
         offload.set_budget(budget.parse::<Budget>().map_err(mmgp::Error::from)?);
     }
-    let plan = offload.plan()?;
-    if !args.quiet {
+    let mut plan = match offload.plan() {
+        // The pipeline's own default was made for its weights as they are stored.
+        Err(mmgp::Error::Residency(mmgp_residency::Error::BudgetTooSmall { minimum, .. }))
+            if args.budget.is_none() =>
+        {
+            eprintln!("note: the pipeline's default budget is too small here; using {minimum}");
+            offload.set_budget(Budget::Min);
+            offload.plan()?
+        }
+        plan => plan?,
+    };
+    if !args.lora.is_empty() {
+        let unfit = if args.lora_lenient { Unfit::Skip } else { Unfit::Fail };
+        for skipped in offload.load_loras_into_model(&mut *pipeline, &args.lora, unfit)? {
+            let file = skipped.file.display();
+            eprintln!("warning: {file}: skipped `{}`: {}", skipped.tensor, skipped.reason);
+        }
+        plan = offload.plan()?;
+    }
+    if !args.is_quiet() {
         eprintln!("{plan}");
     }
     stop_on_signal(&offload)?;
 
     for i in 0..args.count {
         let request = Request { seed: request.seed.wrapping_add(i), ..request.clone() };
-        let mut progress = Progress::new(args.quiet);
-        let picture = pipeline.generate(&request, &mut |event| progress.tell(&event));
+        let mut progress = Progress::new(args.is_quiet());
+        let picture =
+            offload.generate(&mut *pipeline, &request, &mut |event| progress.tell(&event));
         progress.finish();
-        let picture = picture.map_err(mmgp::Error::from)?;
-        let path = names.write(&picture, &text(&*pipeline, &request))?;
+        let picture = picture?;
+        let path = names.write(&picture, &text(args, &*pipeline, &request))?;
         println!("wrote {} (latents {})", path.display(), hash(&picture.latents));
     }
-    if !args.quiet {
+    if !args.is_quiet() {
         eprintln!("{}", offload.report());
         if let Some(peak) = process_peak() {
             eprintln!("the process' memory peaked at {peak}");
@@ -126,6 +188,31 @@ fn request(args: &Args, pipeline: &dyn Pipeline) -> Request {
     request.guidance = args.guidance.unwrap_or(request.guidance);
     request.max_sequence_length = args.max_sequence_length.unwrap_or(request.max_sequence_length);
     request
+}
+
+/// The profile's settings, or the defaults, with what the options override.
+fn settings(args: &Args) -> anyhow::Result<Settings> {
+    let mut settings = args.profile.map_or_else(Settings::default, Profile::settings);
+    let mut set = |name: &str, text: &str| settings.set(name, text).map_err(mmgp::Error::from);
+    if let Some(budgets) = &args.budgets {
+        set("budgets", budgets).context("--budgets")?;
+    }
+    if let Some(quantize) = &args.quantize {
+        let named = |name: &str| quantize.iter().any(|q| q == name);
+        let others: Vec<&str> = quantize
+            .iter()
+            .map(String::as_str)
+            .filter(|name| !["int8", "transformer", "off"].contains(name))
+            .collect();
+        let transformer = named("int8") || named("transformer");
+        set("quantize_transformer", if transformer { "on" } else { "off" })?;
+        let others = if others.is_empty() { "none".into() } else { others.join(",") };
+        set("extra_models_to_quantize", &others).context("--quantize")?;
+    }
+    if !args.exclude.is_empty() {
+        set("quantize_exclude", &args.exclude.join(",")).context("--exclude")?;
+    }
+    Ok(settings)
 }
 
 /// The pipeline that comes with mmgp: beside its source, or where it is installed.
@@ -177,9 +264,13 @@ fn stop_on_signal(offload: &Offload) -> anyhow::Result<()> {
 }
 
 /// What goes into the file: what decides its pixels, nothing that depends on the plan.
-fn text(pipeline: &dyn Pipeline, request: &Request) -> Vec<(&'static str, String)> {
-    let recipe: Vec<_> =
+fn text(args: &Args, pipeline: &dyn Pipeline, request: &Request) -> Vec<(&'static str, String)> {
+    let mut recipe: Vec<_> =
         pipeline.recipe(request).iter().map(|(k, v)| format!("{k}: {v}")).collect();
+    for AdapterArg { file, weights } in &args.lora {
+        let name = file.file_name().unwrap_or(file.as_os_str()).to_string_lossy();
+        recipe.push(format!("lora: {name} at {weights}"));
+    }
     vec![
         ("Software", format!("mmgp {}", env!("CARGO_PKG_VERSION"))),
         ("prompt", request.prompt.clone()),
