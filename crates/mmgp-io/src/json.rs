@@ -47,6 +47,13 @@ pub(crate) fn message(error: &serde_json::Error) -> String {
     }
 }
 
+/// JSON as Python mmgp puts it into a header's metadata: base64 of the text, under a key that ends in
+/// `_base64`.
+pub fn base64_json(value: &serde_json::Value) -> String {
+    use base64::{Engine as _, prelude::BASE64_STANDARD};
+    BASE64_STANDARD.encode(value.to_string())
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]

@@ -46,7 +46,7 @@ mod writer;
 pub use checkpoint::Checkpoint;
 pub use dtype::{Dtype, UnknownDtype};
 pub use error::{Error, Fault, Result};
-pub use json::read_json;
+pub use json::{base64_json, read_json};
 pub use mapped::{FileIdentity, SourceFile};
 pub use sharded::{ShardOptions, write_sharded, write_sharded_with};
 pub use view::TensorView;

@@ -44,5 +44,7 @@ pub mod text;
 pub mod vae;
 
 pub use error::{Error, Result};
-pub use pipeline::{Defaults, Event, OpenOptions, Picture, Pipeline, Recipe, Request};
+pub use pipeline::{
+    Defaults, Event, OpenOptions, Picture, Pipeline, PipelinePart, Recipe, Request,
+};
 pub use registry::{ModelIndex, open_pipeline};

@@ -167,6 +167,15 @@ pub enum Event {
     Decoding,
 }
 
+/// A model of a pipeline and where its weights are in the folder.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PipelinePart {
+    /// The model's name, which is that of its folder.
+    pub name: &'static str,
+    /// The name of its weights' file, without an ending.
+    pub stem: &'static str,
+}
+
 /// A picture and the latents it was decoded from.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Picture {
@@ -184,6 +193,9 @@ pub struct Picture {
 pub trait Pipeline {
     /// Its class, such as `FluxPipeline`.
     fn class(&self) -> &str;
+
+    /// The models that are stems and blocks, and so gain from files in streaming order.
+    fn parts(&self) -> &[PipelinePart];
 
     /// What it takes where the user says nothing.
     fn defaults(&self) -> &Defaults;

@@ -111,6 +111,14 @@ pub enum Error {
     Candle(std::sync::Arc<candle_core::Error>),
 }
 
+impl Error {
+    /// A weight that holds no finite number at this place.
+    pub(crate) fn not_finite(view: &mmgp_io::TensorView, row: usize, column: usize) -> Self {
+        let file = view.file().path().display().to_string();
+        Error::NotFinite { file, tensor: view.name().into(), row, column }
+    }
+}
+
 impl From<mmgp_io::Error> for Error {
     fn from(e: mmgp_io::Error) -> Self {
         Error::Io(e.into())

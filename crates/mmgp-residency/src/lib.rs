@@ -54,6 +54,7 @@ mod pager;
 mod placeholder;
 mod plan;
 mod report;
+mod save;
 
 pub use builder::{ModelBuilder, Sketch, check_pageable};
 pub use bytes::Bytes;
@@ -65,3 +66,4 @@ pub use memory::HostMemory;
 pub use pager::{Attachment, Attachments, BlockTarget, Pager};
 pub use plan::{Budget, Budgets, ModelPlan, Plan, SlotPlan};
 pub use report::{ModelReport, Report, process_peak};
+pub use save::Saved;

@@ -219,6 +219,19 @@ impl Pager {
         }
     }
 
+    /// The images of a model's blocks, the stem's first, without what is attached to them, or `None`
+    /// if there is no such model.
+    pub(crate) fn images(&self, model: &str) -> Option<Vec<BlockImage>> {
+        let state = self.0.state.lock();
+        let mut models = state.models.iter().filter(|m| !m.blocks.is_empty());
+        let model = models.find(|m| m.name == model)?;
+        let own = |(block, &own): (&NewBlock, &usize)| {
+            let image = &*block.image;
+            BlockImage::new(image.name.clone(), image.tensors[..own].to_vec())
+        };
+        Some(model.blocks.iter().zip(&model.own).map(own).collect())
+    }
+
     pub(crate) fn add(
         &self,
         name: String,

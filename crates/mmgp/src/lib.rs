@@ -36,11 +36,14 @@
 
 #![forbid(unsafe_code)]
 
+mod convert;
 mod error;
 mod offload;
 mod picture;
 
+pub use convert::Converted;
 pub use error::{Error, Result};
+pub use mmgp_io::Overwrite;
 pub use mmgp_lora::{AdapterArg, Skipped, StepWeights, Unfit};
 pub use mmgp_models::{Defaults, Event, Picture, Pipeline, Recipe, Request};
 pub use mmgp_profiles::{Amounts, Hardware, Models, Profile, Settings, Switch};

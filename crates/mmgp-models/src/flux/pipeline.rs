@@ -10,7 +10,8 @@ use mmgp_io::Checkpoint;
 use mmgp_residency::{ModelBuilder, Pager};
 
 use crate::{
-    Defaults, Error, Event, ModelIndex, OpenOptions, Picture, Pipeline, Recipe, Request, Result,
+    Defaults, Error, Event, ModelIndex, OpenOptions, Picture, Pipeline, PipelinePart, Recipe,
+    Request, Result,
     flux::{FluxConfig, FluxInputs, FluxTransformer, latents},
     noise::torch_normal,
     schedulers::flow_match_euler::{self, FlowMatchConfig, FlowMatchEuler, linspace_sigmas},
@@ -224,6 +225,14 @@ impl FluxPipeline {
 impl Pipeline for FluxPipeline {
     fn class(&self) -> &str {
         "FluxPipeline"
+    }
+
+    fn parts(&self) -> &[PipelinePart] {
+        &[
+            PipelinePart { name: "transformer", stem: "diffusion_pytorch_model" },
+            PipelinePart { name: "text_encoder", stem: "model" },
+            PipelinePart { name: "text_encoder_2", stem: "model" },
+        ]
     }
 
     fn defaults(&self) -> &Defaults {

@@ -131,14 +131,8 @@ fn quantize_rows<T: Real + bytemuck::Pod, S: Send>(
         let offset = (first * inputs * size_of::<T>()) as u64;
         view.read_into(offset, bytemuck::cast_slice_mut(&mut weight))?;
         let mut own = vec![T::zeroed(); scales.len()];
-        mmgp_quant::quantize_rows(&weight, inputs, codes, &mut own).map_err(|fault| {
-            Error::NotFinite {
-                file: view.file().path().display().to_string(),
-                tensor: view.name().into(),
-                row: first + fault.row,
-                column: fault.column,
-            }
-        })?;
+        mmgp_quant::quantize_rows(&weight, inputs, codes, &mut own)
+            .map_err(|fault| Error::not_finite(view, first + fault.row, fault.column))?;
         scales.iter_mut().zip(own).for_each(|(to, scale)| *to = keep(scale));
         Ok(())
     })

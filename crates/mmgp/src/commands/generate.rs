@@ -13,6 +13,8 @@ use mmgp::{
     Unfit, process_peak,
 };
 
+use super::quantize::Quantize;
+
 /// Draw pictures from a prompt.
 ///
 /// Without --model, the small pipeline that comes with mmgp draws: it knows sixteen emoji, such as
@@ -72,14 +74,8 @@ pub(crate) struct Args {
     #[arg(long)]
     profile: Option<Profile>,
 
-    /// Make weights int8 while they are read: `int8` for the transformer, or names of models
-    /// (transformer,text_encoder_2), or `off`
-    #[arg(long, value_name = "WHAT", value_delimiter = ',')]
-    quantize: Option<Vec<String>>,
-
-    /// Layers that are not quantized: a pattern of full names, such as *.attn.* (repeatable)
-    #[arg(long, value_name = "PATTERN")]
-    exclude: Vec<String>,
+    #[command(flatten)]
+    quantize: Quantize,
 
     /// A LoRA and its weight, 1 if none is given; 0.2,0.8 changes it over the steps (repeatable)
     #[arg(long, value_name = "FILE[:WEIGHT]")]
@@ -193,25 +189,10 @@ fn request(args: &Args, pipeline: &dyn Pipeline) -> Request {
 /// The profile's settings, or the defaults, with what the options override.
 fn settings(args: &Args) -> anyhow::Result<Settings> {
     let mut settings = args.profile.map_or_else(Settings::default, Profile::settings);
-    let mut set = |name: &str, text: &str| settings.set(name, text).map_err(mmgp::Error::from);
     if let Some(budgets) = &args.budgets {
-        set("budgets", budgets).context("--budgets")?;
+        settings.set("budgets", budgets).map_err(mmgp::Error::from).context("--budgets")?;
     }
-    if let Some(quantize) = &args.quantize {
-        let named = |name: &str| quantize.iter().any(|q| q == name);
-        let others: Vec<&str> = quantize
-            .iter()
-            .map(String::as_str)
-            .filter(|name| !["int8", "transformer", "off"].contains(name))
-            .collect();
-        let transformer = named("int8") || named("transformer");
-        set("quantize_transformer", if transformer { "on" } else { "off" })?;
-        let others = if others.is_empty() { "none".into() } else { others.join(",") };
-        set("extra_models_to_quantize", &others).context("--quantize")?;
-    }
-    if !args.exclude.is_empty() {
-        set("quantize_exclude", &args.exclude.join(",")).context("--exclude")?;
-    }
+    args.quantize.apply(&mut settings)?;
     Ok(settings)
 }
 

@@ -1,3 +1,5 @@
 //! One file a subcommand.
 
+pub(crate) mod convert;
 pub(crate) mod generate;
+mod quantize;

@@ -1,0 +1,230 @@
+//! Writing a model as one file in streaming order: block by block, so that a block's image is one
+//! range of the file, with weights as they travel, dense or int8.
+//!
+//! Within a block stand weights or codes first, those that one product reads side by side, then
+//! scales, then the rest. The format allows no gaps, so tensors whose size is no multiple of 256
+//! stand in a tail behind all blocks, and every other tensor starts at such a multiple. Names and
+//! metadata are quanto's and Python mmgp's.
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    path::Path,
+};
+
+use half::{bf16, f16};
+use mmgp_io::{Dtype, Overwrite, TensorSpec, TensorView, Writer, base64_json};
+use mmgp_quant::Real;
+use serde_json::{Map, Value, json};
+
+use crate::{ALIGN, BlockImage, Bytes, Error, Making, Pager, Result};
+
+/// Where data starts in the file.
+const START: usize = 4096;
+/// Bytes of a source that are in memory at once.
+const PIECE: usize = 16 << 20;
+/// What quanto calls the names of codes and scales behind a weight's.
+const CODES: &str = "._data";
+const SCALES: &str = "._scale";
+
+/// What a model became in a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Saved {
+    /// The tensors written.
+    pub tensors: usize,
+    /// Their bytes.
+    pub bytes: Bytes,
+    /// Linear layers whose weight is int8 in the file.
+    pub quantized: usize,
+}
+
+/// A tensor of the file and what it is made of.
+struct Item {
+    spec: TensorSpec,
+    from: From,
+    /// Its place within the block: weights, scales, the rest.
+    class: u8,
+}
+
+enum From {
+    /// The stored bytes.
+    View(TensorView),
+    /// The int8 codes of a dense weight; leaves its scales.
+    Codes(TensorView),
+    /// The scales of the weight of this name, left by its codes.
+    Scales(String),
+    /// The number one.
+    One(Dtype),
+}
+
+impl Pager {
+    /// Writes the weights that the model `model` uses, those that its builder quantizes as int8, to
+    /// the file `path`: complete and synced, or not at all. `metadata` goes into the header beside
+    /// `format` and, if anything is int8, `quantization_format` and `quantization_map_base64`.
+    ///
+    /// No more than a piece of one tensor is in memory. What is attached to the model is not written.
+    ///
+    /// # Errors
+    /// A model that is not there; a file that cannot be read, or written.
+    pub fn save(
+        &self,
+        model: &str,
+        path: &Path,
+        metadata: &BTreeMap<String, String>,
+        overwrite: Overwrite,
+    ) -> Result<Saved> {
+        let images = self.images(model).ok_or_else(|| Error::NotPageable {
+            model: model.into(),
+            reason: "there is no such model".into(),
+        })?;
+        let items = in_order(images.iter().map(items_of).collect());
+        let quantized = map_of(&items);
+        let mut metadata = metadata.clone();
+        metadata.insert("format".into(), "pt".into());
+        if !quantized.is_empty() {
+            metadata.insert("quantization_format".into(), "quanto".into());
+            let map = Value::Object(quantized.clone());
+            metadata.insert("quantization_map_base64".into(), base64_json(&map));
+        }
+        let specs: Vec<TensorSpec> = items.iter().map(|item| item.spec.clone()).collect();
+        let mut writer = Writer::create_aligned(path, &specs, &metadata, overwrite, START)?;
+        let mut scales = HashMap::new();
+        for Item { spec, from, .. } in &items {
+            match from {
+                From::View(view) => copy(view, &spec.name, &mut writer)?,
+                From::Codes(view) => {
+                    let scale = match view.dtype() {
+                        Dtype::BF16 => codes::<bf16>(view, &spec.name, &mut writer)?,
+                        Dtype::F16 => codes::<f16>(view, &spec.name, &mut writer)?,
+                        _ => codes::<f32>(view, &spec.name, &mut writer)?,
+                    };
+                    scales.insert(view.name().to_string(), scale);
+                }
+                From::Scales(of) => {
+                    writer.write(&spec.name, &scales.remove(of).unwrap_or_default())?;
+                }
+                From::One(dtype) => writer.write(&spec.name, one(*dtype))?,
+            }
+        }
+        writer.finish()?;
+        let bytes = specs.iter().filter_map(TensorSpec::bytes).sum();
+        Ok(Saved { tensors: specs.len(), bytes: Bytes(bytes), quantized: quantized.len() })
+    }
+}
+
+/// What a block becomes in the file, in the order in which its module asked.
+fn items_of(image: &BlockImage) -> Vec<Item> {
+    let mut items = Vec::new();
+    for tensor in image.tensors.iter().filter(|t| t.making != Making::Int8Scales) {
+        for view in tensor.segments.iter().map(|segment| &segment.source) {
+            let (name, shape) = (view.name(), view.shape());
+            let mut push = |name: String, dtype, shape: Vec<usize>, from, class| {
+                items.push(Item { spec: TensorSpec::new(name, dtype, shape), from, class });
+            };
+            let layer = match tensor.making {
+                Making::Int8Codes => {
+                    let rows = shape.first().copied().unwrap_or(0);
+                    let codes = From::Codes(view.clone());
+                    push(format!("{name}{CODES}"), Dtype::I8, shape.to_vec(), codes, 0);
+                    let scales = From::Scales(name.into());
+                    push(format!("{name}{SCALES}"), view.dtype(), vec![rows, 1], scales, 1);
+                    Some((name.strip_suffix(".weight").unwrap_or(name), view.dtype()))
+                }
+                _ => {
+                    let class = match name {
+                        _ if name.ends_with(SCALES) => 1,
+                        _ if shape.len() == 2 => 0,
+                        _ => 2,
+                    };
+                    push(
+                        name.into(),
+                        view.dtype(),
+                        shape.to_vec(),
+                        From::View(view.clone()),
+                        class,
+                    );
+                    name.strip_suffix(".weight._scale").map(|layer| (layer, view.dtype()))
+                }
+            };
+            // Of activations, which are not quantized; quanto wants them there.
+            if let Some((layer, dtype)) = layer {
+                for name in ["input_scale", "output_scale"] {
+                    push(format!("{layer}.{name}"), dtype, Vec::new(), From::One(dtype), 2);
+                }
+            }
+        }
+    }
+    items
+}
+
+/// All blocks' items in file order, each name once.
+fn in_order(blocks: Vec<Vec<Item>>) -> Vec<Item> {
+    let mut seen = HashSet::new();
+    let (mut front, mut tail) = (Vec::new(), Vec::new());
+    for mut block in blocks {
+        block.sort_by_key(|item| item.class);
+        for item in block {
+            if !seen.insert(item.spec.name.clone()) {
+                continue;
+            }
+            match item.spec.bytes().is_some_and(|bytes| bytes.is_multiple_of(ALIGN)) {
+                true => front.push(item),
+                false => tail.push(item),
+            }
+        }
+    }
+    front.append(&mut tail);
+    front
+}
+
+/// quanto's quantization map: the layers whose weights are int8.
+fn map_of(items: &[Item]) -> Map<String, Value> {
+    let layer = |item: &Item| {
+        let int8 = item.spec.dtype == Dtype::I8;
+        let name = item.spec.name.strip_suffix(".weight._data").filter(|_| int8)?;
+        Some((name.to_string(), json!({ "weights": "qint8", "activations": "none" })))
+    };
+    items.iter().filter_map(layer).collect()
+}
+
+fn copy(view: &TensorView, name: &str, writer: &mut Writer) -> Result<()> {
+    let mut piece = vec![0; PIECE.min(view.len() as usize)];
+    let mut offset = 0;
+    while offset < view.len() {
+        let len = piece.len().min((view.len() - offset) as usize);
+        view.read_into(offset, &mut piece[..len])?;
+        writer.write(name, &piece[..len])?;
+        offset += len as u64;
+    }
+    Ok(())
+}
+
+/// Quantizes rows on all cores and writes their codes; the scales' bytes.
+fn codes<T: Real + bytemuck::Pod>(
+    view: &TensorView,
+    name: &str,
+    writer: &mut Writer,
+) -> Result<Vec<u8>> {
+    let &[rows, inputs] = view.shape() else { return Ok(Vec::new()) };
+    let step = (PIECE / (inputs * size_of::<T>()).max(1)).clamp(1, rows.max(1));
+    let mut weight = vec![T::zeroed(); step * inputs];
+    let (mut codes, mut scales) = (vec![0; step * inputs], vec![T::zeroed(); rows]);
+    for first in (0..rows).step_by(step) {
+        let count = step.min(rows - first);
+        let weight = &mut weight[..count * inputs];
+        let offset = (first * inputs * size_of::<T>()) as u64;
+        view.read_into(offset, bytemuck::cast_slice_mut(weight))?;
+        let (codes, scales) = (&mut codes[..count * inputs], &mut scales[first..first + count]);
+        mmgp_quant::quantize(weight, inputs, codes, scales)
+            .map_err(|fault| Error::not_finite(view, first + fault.row, fault.column))?;
+        writer.write(name, codes)?;
+    }
+    Ok(bytemuck::cast_slice(&scales).to_vec())
+}
+
+fn one(dtype: Dtype) -> &'static [u8] {
+    match dtype {
+        Dtype::BF16 => &[0x80, 0x3f],
+        Dtype::F16 => &[0x00, 0x3c],
+        _ => &[0, 0, 0x80, 0x3f],
+    }
+}

@@ -1,0 +1,52 @@
+//! `mmgp convert`: a pipeline's weights in streaming order, dense or int8.
+
+use std::path::PathBuf;
+
+use mmgp::{Offload, Overwrite, Settings};
+
+use super::quantize::Quantize;
+
+/// Write a pipeline anew: each model as one file in the order in which it streams, int8 if wanted.
+///
+/// A converted pipeline starts as fast as its file can be read, and int8 is not made again at each
+/// start. Python's safetensors, quanto and mmgp read the files too.
+#[derive(clap::Args)]
+#[command(after_help = "\
+Example:
+  mmgp convert ~/models/FLUX.1-dev ~/models/FLUX.1-dev-int8 --quantize transformer,text_encoder_2")]
+pub(crate) struct Args {
+    /// A pipeline's folder in diffusers' layout
+    from: PathBuf,
+
+    /// The folder to write
+    to: PathBuf,
+
+    #[command(flatten)]
+    quantize: Quantize,
+
+    /// Replace files that exist
+    #[arg(long)]
+    overwrite: bool,
+}
+
+pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
+    let mut settings = Settings::default();
+    args.quantize.apply(&mut settings)?;
+    let overwrite = if args.overwrite { Overwrite::Yes } else { Overwrite::No };
+    let mut offload = Offload::builder().settings(settings).build()?;
+    offload.convert(&args.from, &args.to, overwrite, |part| {
+        let saved = part.saved;
+        let int8 = match saved.quantized {
+            0 => String::new(),
+            layers => format!(", {layers} layers int8"),
+        };
+        println!(
+            "wrote {} ({} tensors, {}{int8})",
+            part.path.display(),
+            saved.tensors,
+            saved.bytes
+        );
+    })?;
+    println!("wrote {}", args.to.display());
+    Ok(())
+}

@@ -1,0 +1,39 @@
+//! Options that subcommands share: what becomes int8.
+
+use anyhow::Context;
+use mmgp::Settings;
+
+#[derive(clap::Args)]
+pub(crate) struct Quantize {
+    /// Make weights int8 while they are read: `int8` for the transformer, or names of models
+    /// (transformer,text_encoder_2), or `off`
+    #[arg(long, value_name = "WHAT", value_delimiter = ',')]
+    quantize: Option<Vec<String>>,
+
+    /// Layers that are not quantized: a pattern of full names, such as *.attn.* (repeatable)
+    #[arg(long, value_name = "PATTERN")]
+    exclude: Vec<String>,
+}
+
+impl Quantize {
+    /// Overrides `settings` by what was given.
+    pub(crate) fn apply(&self, settings: &mut Settings) -> anyhow::Result<()> {
+        let mut set = |name: &str, text: &str| settings.set(name, text).map_err(mmgp::Error::from);
+        if let Some(quantize) = &self.quantize {
+            let named = |name: &str| quantize.iter().any(|q| q == name);
+            let others: Vec<&str> = quantize
+                .iter()
+                .map(String::as_str)
+                .filter(|name| !["int8", "transformer", "off"].contains(name))
+                .collect();
+            let transformer = named("int8") || named("transformer");
+            set("quantize_transformer", if transformer { "on" } else { "off" })?;
+            let others = if others.is_empty() { "none".into() } else { others.join(",") };
+            set("extra_models_to_quantize", &others).context("--quantize")?;
+        }
+        if !self.exclude.is_empty() {
+            set("quantize_exclude", &self.exclude.join(",")).context("--exclude")?;
+        }
+        Ok(())
+    }
+}
