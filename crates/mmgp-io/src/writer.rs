@@ -238,6 +238,22 @@ impl Sealed {
     }
 }
 
+/// Copies a file: the target is complete and synced, or as it was.
+///
+/// # Errors
+/// A source that cannot be read, a folder that cannot be written to, a disk without room.
+pub fn copy_file(from: impl AsRef<Path>, to: impl AsRef<Path>) -> Result<()> {
+    let (from, to) = (from.as_ref(), to.as_ref());
+    let mut source = File::open(from).map_err(|e| Error::io(from, "open", e))?;
+    sweep(to);
+    enough_space(to, source.metadata().map_or(0, |m| m.len()))?;
+    let mut file = temporary(to)?;
+    io::copy(&mut source, &mut file).map_err(|e| Error::io(to, "copy", e))?;
+    file.as_file().sync_all().map_err(|e| Error::io(to, "flush to disk", e))?;
+    let temporary = file.into_temp_path();
+    Sealed { path: to.into(), overwrite: Overwrite::Yes, temporary }.publish()
+}
+
 /// A new file beside `path`, with the permissions any new file gets.
 fn temporary(path: &Path) -> Result<NamedTempFile> {
     let prefix = prefix(path);

@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use mmgp_io::{Overwrite, base64_json, read_json};
+use mmgp_io::{Overwrite, base64_json, copy_file, read_json};
 use mmgp_residency::Saved;
 
 use crate::{Error, Offload, Result};
@@ -74,7 +74,7 @@ impl Offload {
         }
         let models: Vec<&str> = parts.iter().map(|part| part.name).collect();
         copy_rest(from, to, &models, INDEX)?;
-        copy_file(&from.join(INDEX), &to.join(INDEX))?;
+        copy_file(from.join(INDEX), to.join(INDEX))?;
         Ok(converted)
     }
 }
@@ -92,7 +92,7 @@ fn copy_rest(from: &Path, to: &Path, models: &[&str], last: &str) -> Result<()> 
             let model = models.contains(&&*name);
             copy_folder(&source, &target, model)?;
         } else if name != last {
-            copy_file(&source, &target)?;
+            copy_file(source, target)?;
         }
     }
     Ok(())
@@ -111,27 +111,8 @@ fn copy_folder(from: &Path, to: &Path, model: bool) -> Result<()> {
         let entry = entry.map_err(read)?;
         let name = entry.file_name();
         if entry.path().is_file() && !(model && weights(&name.to_string_lossy())) {
-            copy_file(&entry.path(), &to.join(name))?;
+            copy_file(entry.path(), to.join(name))?;
         }
     }
-    Ok(())
-}
-
-/// Copies through a temporary file beside the target.
-fn copy_file(from: &Path, to: &Path) -> Result<()> {
-    let fail = |source| Error::Write { path: to.into(), source };
-    let folder = to.parent().unwrap_or(Path::new("."));
-    let mut file = tempfile::Builder::new()
-        .prefix(".mmgp-")
-        .suffix(".tmp")
-        .tempfile_in(folder)
-        .map_err(fail)?;
-    let mut source =
-        fs::File::open(from).map_err(|source| Error::Write { path: from.into(), source })?;
-    io::copy(&mut source, &mut file).map_err(fail)?;
-    let permissions = source.metadata().map_err(fail)?.permissions();
-    file.as_file().set_permissions(permissions).map_err(fail)?;
-    file.as_file().sync_all().map_err(fail)?;
-    file.persist(to).map_err(|e| fail(e.error))?;
     Ok(())
 }
