@@ -10,7 +10,7 @@ use candle_core::DType;
 use criterion::{Criterion, criterion_group, criterion_main};
 use mmgp_benches::{compare, random, settings, write_random};
 use mmgp_io::Checkpoint;
-use mmgp_residency::{BlockImage, Bytes, Device, Host, ImageTensor, Segment};
+use mmgp_residency::{BlockImage, Bytes, Device, Host, ImageTensor, Making, Segment};
 
 const WIDTH: usize = 1536;
 
@@ -41,7 +41,8 @@ fn block(checkpoint: &Checkpoint, dtype: DType) -> BlockImage {
             dtype,
             shape,
             offset: 0,
-            segments: vec![Segment { source, element: 0 }],
+            segments: vec![Segment { source, element: 0, stride: None }],
+            making: Making::Values,
         }
     };
     BlockImage::new("block".into(), tensors().into_iter().map(tensor).collect())

@@ -50,4 +50,4 @@ pub use json::{base64_json, read_json};
 pub use mapped::{FileIdentity, SourceFile};
 pub use sharded::{ShardOptions, write_sharded, write_sharded_with};
 pub use view::TensorView;
-pub use writer::{Overwrite, TensorSpec, Writer, copy_file};
+pub use writer::{Overwrite, TensorSpec, Writer, copy_file, disk_space, write_json};

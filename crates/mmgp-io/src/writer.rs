@@ -290,10 +290,27 @@ fn sweep(path: &Path) {
     }
 }
 
+/// Writes a small JSON file: complete and synced, or as it was.
+///
+/// # Errors
+/// A folder that cannot be written to.
+pub fn write_json(path: impl AsRef<Path>, value: &impl serde::Serialize) -> Result<()> {
+    let path = path.as_ref();
+    sweep(path);
+    let text = serde_json::to_vec(value).map_err(|e| Error::io(path, "write", e.into()))?;
+    Sealed::from_bytes(path, &text, Overwrite::Yes)?.publish()
+}
+
+/// What the disk that holds the folder `path` has free for this user, and has in all, in bytes; `None` if it does not say.
+pub fn disk_space(path: impl AsRef<Path>) -> Option<(u64, u64)> {
+    let stat = rustix::fs::statvfs(path.as_ref()).ok()?;
+    let bytes = |blocks: u64| blocks.saturating_mul(stat.f_frsize);
+    Some((bytes(stat.f_bavail), bytes(stat.f_blocks)))
+}
+
 /// Whether the disk has room for `needed` bytes beside `path`; a file system that does not say has.
 fn enough_space(path: &Path, needed: u64) -> Result<()> {
-    let Ok(stat) = rustix::fs::statvfs(folder(path)) else { return Ok(()) };
-    let free = stat.f_bavail.saturating_mul(stat.f_frsize);
+    let Some((free, _)) = disk_space(folder(path)) else { return Ok(()) };
     if free < needed {
         return Err(Error::NoSpace { path: path.into(), needed, free });
     }

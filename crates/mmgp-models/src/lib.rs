@@ -45,6 +45,6 @@ pub mod vae;
 
 pub use error::{Error, Result};
 pub use pipeline::{
-    Defaults, Event, OpenOptions, Picture, Pipeline, PipelinePart, Recipe, Request,
+    Defaults, Event, OpenOptions, Picture, Pipeline, PipelinePart, Recipe, Replaced, Request,
 };
 pub use registry::{ModelIndex, open_pipeline};

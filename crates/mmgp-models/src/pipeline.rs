@@ -4,10 +4,14 @@
 //! shown before anything is read. Everything that changes numbers is in the [`Request`] and the
 //! [`Recipe`]; nothing that the plan decides is.
 
-use std::path::Path;
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
+use mmgp_io::Checkpoint;
 use mmgp_quant::QuantPolicy;
-use mmgp_residency::ModelBuilder;
+use mmgp_residency::{Digest, ModelBuilder, Pager};
 use serde::Deserialize;
 
 use crate::{Error, Result};
@@ -19,6 +23,19 @@ pub struct OpenOptions {
     pub quantize: Vec<String>,
     /// Layers of them that stay as they are: patterns of full stored names, `*` and `?`.
     pub exclude: Vec<String>,
+    /// Models whose weights are taken from another place than the pipeline's folder.
+    pub replaced: Vec<Replaced>,
+}
+
+/// Where a model's weights are instead.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Replaced {
+    /// The model's name.
+    pub model: String,
+    /// The file.
+    pub file: PathBuf,
+    /// The digests of its blocks, the stem's first; empty if they are not known.
+    pub digests: Vec<Digest>,
 }
 
 impl OpenOptions {
@@ -36,15 +53,28 @@ impl OpenOptions {
         }
     }
 
-    /// Lets `builder` quantize if its model is among those.
+    /// A builder for the model `name`: over its weights in the pipeline's folder, or those that stand
+    /// for them, quantizing if it is among those.
     ///
     /// # Errors
-    /// A pattern that is none.
-    pub(crate) fn apply(&self, builder: &mut ModelBuilder) -> Result<()> {
-        if self.quantize.iter().any(|name| name == builder.name()) {
+    /// Weights that cannot be opened; a pattern that is none.
+    pub(crate) fn builder(
+        &self,
+        pager: &Pager,
+        name: &str,
+        folder: impl FnOnce() -> Result<Arc<Checkpoint>>,
+    ) -> Result<ModelBuilder> {
+        if let Some(replaced) = self.replaced.iter().find(|r| r.model == name) {
+            let files = Arc::new(Checkpoint::open(&replaced.file)?);
+            let mut builder = ModelBuilder::new(pager, name, files);
+            builder.expect(replaced.digests.clone());
+            return Ok(builder);
+        }
+        let mut builder = ModelBuilder::new(pager, name, folder()?);
+        if self.quantize.iter().any(|quantized| quantized == name) {
             builder.quantize(QuantPolicy::int8(&self.exclude)?);
         }
-        Ok(())
+        Ok(builder)
     }
 }
 

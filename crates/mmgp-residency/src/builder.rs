@@ -19,8 +19,8 @@ use mmgp_quant::{Form, Part, QuantPolicy, Source, Stored, Target, Weights, join_
 use parking_lot::Mutex;
 
 use crate::{
-    BlockImage, BlockTarget, Error, ImageTensor, Making, Paged, Pager, Result, Segment,
-    pager::NewBlock, placeholder::placeholder,
+    BlockImage, BlockTarget, Digest, Error, Expected, ImageTensor, Making, Paged, Pager, Result,
+    Segment, pager::NewBlock, placeholder::placeholder,
 };
 
 /// Collects what a module's constructor asks for, then hands the model to the pager.
@@ -28,6 +28,7 @@ pub struct ModelBuilder {
     pager: Pager,
     shared: Arc<Shared>,
     ignored: Vec<String>,
+    expected: Vec<Digest>,
 }
 
 impl ModelBuilder {
@@ -65,7 +66,12 @@ impl ModelBuilder {
             policy: Mutex::default(),
             rounds_int8: AtomicBool::default(),
         };
-        Self { pager: pager.clone(), shared: Arc::new(shared), ignored: Vec::new() }
+        Self {
+            pager: pager.clone(),
+            shared: Arc::new(shared),
+            ignored: Vec::new(),
+            expected: Vec::new(),
+        }
     }
 
     /// The model's name.
@@ -105,6 +111,12 @@ impl ModelBuilder {
     /// original.
     pub fn round_int8(&mut self) {
         self.shared.rounds_int8.store(true, Ordering::Relaxed);
+    }
+
+    /// The digests that the blocks must have when they are first read, the stem's first, as
+    /// [`Pager::digests`] gave them. A block that has another fails its lease.
+    pub fn expect(&mut self, digests: Vec<Digest>) {
+        self.expected = digests;
     }
 
     /// A `VarBuilder` for an unmodified candle module; what it asks for belongs to the stem and
@@ -153,9 +165,15 @@ impl ModelBuilder {
         let paged = drafts
             .blocks
             .into_iter()
-            .map(|draft| NewBlock {
-                image: Arc::new(BlockImage::new(draft.name, draft.tensors)),
-                tensors: draft.placeholders,
+            .enumerate()
+            .map(|(at, draft)| {
+                let mut image = BlockImage::new(draft.name, draft.tensors);
+                image.expected = self.expected.get(at).map(|&digest| Expected {
+                    tensors: image.tensors.len(),
+                    digest,
+                    checked: Arc::default(),
+                });
+                NewBlock { image: Arc::new(image), tensors: draft.placeholders }
             })
             .collect();
         let disk = files.map_or(0, |checkpoint| checkpoint.bytes());

@@ -85,6 +85,16 @@ pub enum Error {
         /// Why not.
         reason: String,
     },
+    /// A block's bytes are not those that were written.
+    #[error(
+        "{file}: block `{block}` is damaged: its bytes are not those that were written; the file is to be made anew"
+    )]
+    Corrupt {
+        /// The file.
+        file: std::path::PathBuf,
+        /// The block.
+        block: String,
+    },
     /// A weight that was to be quantized holds what no number format can.
     #[error(
         "{file}: tensor `{tensor}`, row {row}, column {column}: expected a finite number, found NaN \

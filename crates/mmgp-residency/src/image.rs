@@ -3,6 +3,8 @@
 //! An image is a list of tensors, each a list of segments (a stored tensor and the offset at which
 //! its bytes start inside the slot's tensor). Nothing is read to make one.
 
+use std::sync::{Arc, atomic::AtomicBool};
+
 use candle_core::DType;
 use mmgp_io::TensorView;
 
@@ -79,6 +81,20 @@ impl ImageTensor {
     }
 }
 
+/// The digest of a block's bytes in a slot, in slot order.
+pub type Digest = [u8; 32];
+
+/// The digest that the first tensors of an image must have.
+#[derive(Clone, Debug)]
+pub struct Expected {
+    /// How many tensors it covers; what is attached comes behind them.
+    pub tensors: usize,
+    /// BLAKE3 of their bytes.
+    pub digest: Digest,
+    /// Whether it was looked at in this process: once is enough.
+    pub checked: Arc<AtomicBool>,
+}
+
 /// Where a block's bytes come from.
 #[derive(Clone, Debug)]
 pub struct BlockImage {
@@ -90,6 +106,8 @@ pub struct BlockImage {
     pub bytes: u64,
     /// What is read from files to fill it.
     pub stored: u64,
+    /// What a slot must hold once it was filled, if that is known.
+    pub expected: Option<Expected>,
 }
 
 impl BlockImage {
@@ -102,6 +120,6 @@ impl BlockImage {
         }
         let read = tensors.iter().filter(|t| t.making != Making::Int8Scales);
         let stored = read.flat_map(|t| &t.segments).map(|s| s.source.len()).sum();
-        Self { name, tensors, bytes, stored }
+        Self { name, tensors, bytes, stored, expected: None }
     }
 }

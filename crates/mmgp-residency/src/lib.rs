@@ -60,7 +60,7 @@ pub use builder::{ModelBuilder, Sketch, check_pageable};
 pub use bytes::Bytes;
 pub use device::{Device, Host, Slot};
 pub use error::{Error, Result};
-pub use image::{ALIGN, BlockImage, ImageTensor, Making, Segment};
+pub use image::{ALIGN, BlockImage, Digest, Expected, ImageTensor, Making, Segment};
 pub use lease::{Paged, Pass, Visit};
 pub use memory::HostMemory;
 pub use pager::{Attachment, Attachments, BlockTarget, Pager};

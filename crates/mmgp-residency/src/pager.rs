@@ -20,8 +20,8 @@ use crossbeam_channel::{Receiver, Sender};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use crate::{
-    BlockImage, Budget, Budgets, Bytes, Device, Error, Host, ModelReport, Plan, Report, Result,
-    Slot, image::ALIGN, order::Order, plan::ModelSizes,
+    BlockImage, Budget, Budgets, Bytes, Device, Digest, Error, Host, ModelReport, Plan, Report,
+    Result, Slot, image::ALIGN, order::Order, plan::ModelSizes,
 };
 
 mod attach;
@@ -217,6 +217,25 @@ impl Pager {
             deviations: state.order.deviations,
             models: models.collect(),
         }
+    }
+
+    /// The digests of a model's blocks as they lie in slots, the stem's first: what a later run may
+    /// hold them to ([`ModelBuilder::expect`](crate::ModelBuilder::expect)). Reads all of the model,
+    /// one block at a time, beside what the plan holds.
+    ///
+    /// # Errors
+    /// A model that is not there; a file that cannot be read.
+    pub fn digests(&self, model: &str) -> Result<Vec<Digest>> {
+        let images = self.images(model).ok_or_else(|| Error::NotPageable {
+            model: model.into(),
+            reason: "there is no such model".into(),
+        })?;
+        let digest = |image: &BlockImage| {
+            let mut slot = self.0.device.slot(Bytes(image.bytes))?;
+            slot.fill(image)?;
+            slot.digest(image.tensors.len())
+        };
+        images.iter().map(digest).collect()
     }
 
     /// The images of a model's blocks, the stem's first, without what is attached to them, or `None`

@@ -40,6 +40,7 @@ mod convert;
 mod error;
 mod offload;
 mod picture;
+mod store;
 
 pub use convert::Converted;
 pub use error::{Error, Result};
@@ -50,3 +51,4 @@ pub use mmgp_profiles::{Amounts, Hardware, Models, Profile, Settings, Switch};
 pub use mmgp_residency::{Budget, Budgets, Bytes, Plan, Report, process_peak};
 pub use offload::{Module, Offload, OffloadBuilder};
 pub use picture::{Names, write_png};
+pub use store::{Entry, Store};

@@ -21,6 +21,7 @@ struct Cli {
 enum Command {
     Generate(commands::generate::Args),
     Convert(commands::convert::Args),
+    Store(commands::store::Args),
 }
 
 fn main() -> ExitCode {
@@ -39,6 +40,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Generate(args) => commands::generate::run(&args),
         Command::Convert(args) => commands::convert::run(&args),
+        Command::Store(args) => commands::store::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,19 +1,24 @@
 //! The facade: a device, settings and budgets, models under names, adapters beside them.
 
 use std::{
+    collections::BTreeMap,
     path::Path,
     sync::{Arc, atomic::AtomicBool},
 };
 
 use candle_core::{DType, Device};
 use candle_nn::VarBuilder;
-use mmgp_io::Checkpoint;
+use mmgp_io::{Checkpoint, Overwrite};
 use mmgp_lora::{Adapter, AdapterArg, AdapterSet, Skipped, StepWeights, Steps, Unfit};
-use mmgp_models::{Event, ModelIndex, OpenOptions, Picture, Pipeline, Request, open_pipeline};
+use mmgp_models::{
+    Event, ModelIndex, OpenOptions, Picture, Pipeline, Replaced, Request, open_pipeline,
+};
 use mmgp_profiles::{Profile, Settings};
-use mmgp_residency::{Budget, Budgets, ModelBuilder, Paged, Pager, Plan, Report, check_pageable};
+use mmgp_residency::{
+    Budget, Budgets, Bytes, ModelBuilder, Paged, Pager, Plan, Report, check_pageable,
+};
 
-use crate::Result;
+use crate::{Entry, Error, Result, Store};
 
 /// Models whose adapters a LoRA file may hold; the first is meant where a file names none.
 const ADAPTED: [&str; 3] = ["transformer", "text_encoder", "text_encoder_2"];
@@ -24,6 +29,13 @@ pub struct Offload {
     settings: Settings,
     budgets: Budgets,
     adapters: Option<AdapterSet>,
+    store: Option<Stored>,
+}
+
+/// A store, and who hears of what is put into it.
+struct Stored {
+    store: Store,
+    tell: Box<dyn Fn(&str)>,
 }
 
 /// Collects what an [`Offload`] needs.
@@ -31,6 +43,7 @@ pub struct OffloadBuilder {
     device: Device,
     settings: Settings,
     budgets: Budgets,
+    store: Option<Stored>,
 }
 
 impl OffloadBuilder {
@@ -62,13 +75,27 @@ impl OffloadBuilder {
         self
     }
 
+    /// Keeps what is quantized on the fly in `store` and takes it from there the next time; `tell`
+    /// hears a line for each model that is put into it. By default nothing is kept.
+    #[must_use]
+    pub fn store(mut self, store: Store, tell: impl Fn(&str) + 'static) -> Self {
+        self.store = Some(Stored { store, tell: Box::new(tell) });
+        self
+    }
+
     /// Starts the pager. Nothing is read.
     ///
     /// # Errors
     /// A device that this build cannot page on.
     pub fn build(self) -> Result<Offload> {
         let pager = Pager::new(&self.device)?;
-        Ok(Offload { pager, settings: self.settings, budgets: self.budgets, adapters: None })
+        Ok(Offload {
+            pager,
+            settings: self.settings,
+            budgets: self.budgets,
+            adapters: None,
+            store: self.store,
+        })
     }
 }
 
@@ -76,7 +103,7 @@ impl Offload {
     /// Starts with the CPU and [`Budget::Auto`].
     pub fn builder() -> OffloadBuilder {
         let settings = Settings::default();
-        OffloadBuilder { device: Device::Cpu, settings, budgets: Budget::Auto.into() }
+        OffloadBuilder { device: Device::Cpu, settings, budgets: Budget::Auto.into(), store: None }
     }
 
     /// A pipeline held as one of the five presets says, in one line.
@@ -106,11 +133,85 @@ impl Offload {
         let options = OpenOptions {
             quantize: quantize.into_iter().map(String::from).collect(),
             exclude: self.settings.quantize_exclude.get().clone(),
+            replaced: Vec::new(),
         };
         let names: Vec<&str> = classes.iter().map(|(name, _)| *name).collect();
         let caps = self.settings.budgets_of(&names, self.budgets.total)?;
         self.budgets.models.extend(caps.models);
+        let options = self.stored(dir.as_ref(), options)?;
         Ok(open_pipeline(dir.as_ref(), &self.pager, &options)?)
+    }
+
+    /// `options` with the models that are quantized taken from the store, where they are made first if
+    /// they are not there yet.
+    fn stored(&self, dir: &Path, mut options: OpenOptions) -> Result<OpenOptions> {
+        let Some(Stored { store, tell }) = &self.store else { return Ok(options) };
+        if options.quantize.is_empty() {
+            return Ok(options);
+        }
+        let making = Pager::new(self.pager.device().candle())?;
+        let pipeline = open_pipeline(dir, &making, &options)?;
+        let sizes = making.plan(Budget::Min)?;
+        let recipe = format!("int8 but {:?}", options.exclude);
+        for part in pipeline.parts().iter().filter(|p| options.quantize.iter().any(|q| q == p.name))
+        {
+            let source = dir.join(part.name);
+            let path = store.place(&source, &recipe)?;
+            let entry = match store.get(&path) {
+                Some(entry) => entry,
+                None => {
+                    let size = sizes.models.iter().find(|m| m.name == part.name);
+                    let size = size.map_or(Bytes(0), |m| m.bytes);
+                    if !store.make_room(size)? {
+                        tell(&format!(
+                            "{} is quantized at each start: the store has no room for {size}",
+                            part.name
+                        ));
+                        continue;
+                    }
+                    let saved = making.save(part.name, &path, &BTreeMap::new(), Overwrite::Yes)?;
+                    if saved.quantized == 0 {
+                        store.remove(&path); // quantized already, or nothing in it to quantize
+                        continue;
+                    }
+                    let replaced = Replaced {
+                        model: part.name.into(),
+                        file: path.clone(),
+                        digests: Vec::new(),
+                    };
+                    let reading = Pager::new(self.pager.device().candle())?;
+                    let options =
+                        OpenOptions { replaced: vec![replaced], ..OpenOptions::default() };
+                    let _pipeline = open_pipeline(dir, &reading, &options)?;
+                    let digests = reading.digests(part.name)?;
+                    let entry = store.complete(&path, &source, &recipe, digests)?;
+                    tell(&format!(
+                        "kept {} for the next start: {} ({})",
+                        part.name,
+                        path.display(),
+                        entry.bytes
+                    ));
+                    entry
+                }
+            };
+            let Entry { path, digests, .. } = entry;
+            options.replaced.push(Replaced { model: part.name.into(), file: path, digests });
+        }
+        Ok(options)
+    }
+
+    /// If `error` is about a damaged entry of the store, removes the entry: the next time the pipeline
+    /// is opened, it is made anew.
+    pub fn heal(&self, error: &Error) -> bool {
+        use mmgp_residency::Error::Corrupt;
+        match (error, &self.store) {
+            (
+                Error::Models(mmgp_models::Error::Residency(Corrupt { file, .. }))
+                | Error::Residency(Corrupt { file, .. }),
+                Some(stored),
+            ) => stored.store.remove(file),
+            _ => false,
+        }
     }
 
     /// Loads an unmodified candle module under `name`, paged whole: its weights are on the device

@@ -7,7 +7,7 @@
 use std::path::Path;
 
 use candle_core::Device;
-use mmgp_models::open_pipeline;
+use mmgp_models::{OpenOptions, open_pipeline};
 use mmgp_residency::{Budget, Pager};
 use mmgp_synth::{Flux, Folder, Options};
 use serde_json::json;
@@ -47,7 +47,7 @@ fn draw(kind: Flux, double: usize, single: usize, steps: usize) {
     assert!(error.contains("not empty"), "{error}");
 
     let pager = Pager::new(&Device::Cpu).unwrap();
-    let mut pipeline = open_pipeline(&dir, &pager).unwrap();
+    let mut pipeline = open_pipeline(&dir, &pager, &OpenOptions::default()).unwrap();
     assert_eq!(pipeline.unused(), []);
     pager.plan(Budget::Percent(50.)).unwrap();
     let mut request = pipeline.defaults().request("a red heart and a blue star");

@@ -7,7 +7,7 @@ use std::{path::Path, sync::Arc};
 
 use candle_core::{Device, Tensor};
 use mmgp_io::Checkpoint;
-use mmgp_residency::{ModelBuilder, Pager};
+use mmgp_residency::Pager;
 
 use crate::{
     Defaults, Error, Event, ModelIndex, OpenOptions, Picture, Pipeline, PipelinePart, Recipe,
@@ -106,10 +106,10 @@ impl FluxPipeline {
         };
         let encoder_files = ["model", "diffusion_pytorch_model"];
         let model_files = ["diffusion_pytorch_model", "model"];
-        let builder = |name: &str, files: Arc<Checkpoint>| -> Result<ModelBuilder> {
-            let mut builder = ModelBuilder::new(pager, name, files);
-            options.apply(&mut builder)?;
-            Ok(builder)
+        let builder =
+            |name: &str, stems: &[&str]| options.builder(pager, name, || open(name, stems));
+        let vae_builder = |name: &str, files: &Arc<Checkpoint>| {
+            options.builder(pager, name, || Ok(files.clone()))
         };
         let vae_files = open("vae", &model_files)?;
         let dev = config.guidance_embeds;
@@ -124,21 +124,11 @@ impl FluxPipeline {
         Ok(Self {
             tokenizer: Tokenizer::open_dir(dir.join("tokenizer"))?,
             tokenizer_2: Tokenizer::open_dir(dir.join("tokenizer_2"))?,
-            clip: ClipText::new(
-                &clip,
-                Projection::No,
-                builder("text_encoder", open("text_encoder", &encoder_files)?)?,
-            )?,
-            t5: T5Encoder::new(
-                &t5,
-                builder("text_encoder_2", open("text_encoder_2", &encoder_files)?)?,
-            )?,
-            transformer: FluxTransformer::new(
-                &config,
-                builder("transformer", open("transformer", &model_files)?)?,
-            )?,
-            decoder: KlDecoder::new(&vae, builder("vae", vae_files.clone())?)?,
-            _encoder: KlEncoder::new(&vae, builder("vae.encoder", vae_files)?)?,
+            clip: ClipText::new(&clip, Projection::No, builder("text_encoder", &encoder_files)?)?,
+            t5: T5Encoder::new(&t5, builder("text_encoder_2", &encoder_files)?)?,
+            transformer: FluxTransformer::new(&config, builder("transformer", &model_files)?)?,
+            decoder: KlDecoder::new(&vae, vae_builder("vae", &vae_files)?)?,
+            _encoder: KlEncoder::new(&vae, vae_builder("vae.encoder", &vae_files)?)?,
             defaults: defaults.overridden_by(dir)?,
             scheduler: FlowMatchEuler::new(scheduler)?,
             config,

@@ -5,7 +5,10 @@
 //! positioned reads: unlike a mapping they fail with an error when the file shrinks under them, and
 //! cold files read faster. Small threads of its own read, so that they never wait for compute.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::HashMap,
+    sync::{Arc, atomic::Ordering},
+};
 
 use candle_core::{CpuStorage, DType, Device as Candle, Tensor};
 use mmgp_io::Dtype;
@@ -16,7 +19,7 @@ use super::{
     read::{no_way, quantize_tensor, read_tensor},
 };
 use crate::{
-    BlockImage, Bytes, Error, HostMemory, ImageTensor, Making, Result,
+    BlockImage, Bytes, Digest, Error, HostMemory, ImageTensor, Making, Result,
     placeholder::{empty, exchange, poison},
 };
 
@@ -103,7 +106,34 @@ impl Slot for HostSlot {
             .into_par_iter()
             .try_for_each(|(t, codes, scales)| quantize_tensor(t, codes, scales))?;
         self.held = targets;
+        match &image.expected {
+            Some(expected) if !expected.checked.load(Ordering::Relaxed) => {
+                if self.digest(expected.tensors)? != expected.digest {
+                    self.held.clear();
+                    let file = image.tensors.iter().flat_map(|t| &t.segments).next();
+                    let file = file.map(|segment| segment.source.file().path().to_path_buf());
+                    let file = file.unwrap_or_default();
+                    return Err(Error::Corrupt { file, block: image.name.clone() });
+                }
+                expected.checked.store(true, Ordering::Relaxed);
+            }
+            _ => {}
+        }
         Ok(())
+    }
+
+    fn digest(&self, tensors: usize) -> Result<Digest> {
+        let mut hasher = blake3::Hasher::new();
+        for storage in self.held.iter().take(tensors) {
+            match storage {
+                CpuStorage::U8(v) => hasher.update_rayon(v),
+                CpuStorage::F16(v) => hasher.update_rayon(bytemuck::cast_slice(v)),
+                CpuStorage::BF16(v) => hasher.update_rayon(bytemuck::cast_slice(v)),
+                CpuStorage::F32(v) => hasher.update_rayon(bytemuck::cast_slice(v)),
+                _ => continue, // slots hold nothing else
+            };
+        }
+        Ok(*hasher.finalize().as_bytes())
     }
 
     fn bind(&mut self, tensors: &[Tensor]) -> Result<()> {

@@ -8,7 +8,7 @@
 use candle_core::{DType, Tensor};
 use mmgp_io::Dtype;
 
-use crate::{BlockImage, Bytes, Result};
+use crate::{BlockImage, Bytes, Digest, Result};
 
 mod host;
 mod read;
@@ -49,6 +49,12 @@ pub trait Slot: Send {
     /// # Errors
     /// A file that cannot be read (any more). The slot then holds nothing.
     fn fill(&mut self, image: &BlockImage) -> Result<()>;
+
+    /// The digest of the first `tensors` tensors of what the slot was filled with.
+    ///
+    /// # Errors
+    /// Whatever the device refuses.
+    fn digest(&self, tensors: usize) -> Result<Digest>;
 
     /// Points `tensors` at the slot.
     ///

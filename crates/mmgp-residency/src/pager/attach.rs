@@ -197,8 +197,9 @@ impl State {
             block.1.push(tensor.clone());
         }
         let blocks = tensors.into_iter().zip(&model.blocks).map(|((images, tensors), old)| {
-            let image = Arc::new(BlockImage::new(old.image.name.clone(), images));
-            NewBlock { image, tensors }
+            let mut image = BlockImage::new(old.image.name.clone(), images);
+            image.expected = old.image.expected.clone();
+            NewBlock { image: Arc::new(image), tensors }
         });
         Ok(Some((at, blocks.collect())))
     }

@@ -13,7 +13,7 @@ use mmgp::{
     Unfit, process_peak,
 };
 
-use super::quantize::Quantize;
+use super::quantize::{Quantize, StoreArg};
 
 /// Draw pictures from a prompt.
 ///
@@ -77,6 +77,11 @@ pub(crate) struct Args {
     #[command(flatten)]
     quantize: Quantize,
 
+    /// Where quantized models are kept for the next start: a folder, or `off` [default: mmgp in the
+    /// user's cache folder]
+    #[arg(long, value_name = "DIR|off")]
+    store: Option<StoreArg>,
+
     /// A LoRA and its weight, 1 if none is given; 0.2,0.8 changes it over the steps (repeatable)
     #[arg(long, value_name = "FILE[:WEIGHT]")]
     lora: Vec<AdapterArg>,
@@ -122,7 +127,11 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     if args.verbose >= 2 {
         eprintln!("{}", settings.explain(&Hardware::detect()));
     }
-    let mut offload = Offload::builder().settings(settings).build()?;
+    let mut builder = Offload::builder().settings(settings);
+    if let Some(store) = StoreArg::store(args.store.as_ref()) {
+        builder = builder.store(store, |line| eprintln!("{line}"));
+    }
+    let mut offload = builder.build()?;
     let mut pipeline = offload.pipeline(&dir)?;
     let request = request(args, &*pipeline);
     pipeline.check(&request).map_err(mmgp::Error::from)?;
@@ -162,7 +171,14 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         let picture =
             offload.generate(&mut *pipeline, &request, &mut |event| progress.tell(&event));
         progress.finish();
-        let picture = picture?;
+        let picture = match picture {
+            Err(error) if offload.heal(&error) => {
+                bail!(
+                    "{error}; it was removed from the store: run the command again to make it anew"
+                )
+            }
+            picture => picture?,
+        };
         let path = names.write(&picture, &text(args, &*pipeline, &request))?;
         println!("wrote {} (latents {})", path.display(), hash(&picture.latents));
     }

@@ -3,3 +3,4 @@
 pub(crate) mod convert;
 pub(crate) mod generate;
 mod quantize;
+pub(crate) mod store;

@@ -1,7 +1,9 @@
-//! Options that subcommands share: what becomes int8.
+//! Options that subcommands share: what becomes int8, and where it is kept.
+
+use std::{convert::Infallible, path::PathBuf, str::FromStr};
 
 use anyhow::Context;
-use mmgp::Settings;
+use mmgp::{Settings, Store};
 
 #[derive(clap::Args)]
 pub(crate) struct Quantize {
@@ -13,6 +15,32 @@ pub(crate) struct Quantize {
     /// Layers that are not quantized: a pattern of full names, such as *.attn.* (repeatable)
     #[arg(long, value_name = "PATTERN")]
     exclude: Vec<String>,
+}
+
+/// `--store`: a folder, `off`, or by default the user's cache.
+#[derive(Clone, Debug)]
+pub(crate) enum StoreArg {
+    Off,
+    At(PathBuf),
+}
+
+impl FromStr for StoreArg {
+    type Err = Infallible;
+
+    fn from_str(text: &str) -> Result<Self, Infallible> {
+        Ok(if text == "off" { StoreArg::Off } else { StoreArg::At(text.into()) })
+    }
+}
+
+impl StoreArg {
+    /// The store that is meant, if any.
+    pub(crate) fn store(arg: Option<&Self>) -> Option<Store> {
+        match arg {
+            Some(StoreArg::Off) => None,
+            Some(StoreArg::At(folder)) => Some(Store::at(folder)),
+            None => Store::of_user(),
+        }
+    }
 }
 
 impl Quantize {
