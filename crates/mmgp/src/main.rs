@@ -19,7 +19,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    Generate(commands::generate::Args),
+    Generate(Box<commands::generate::Args>),
     Convert(commands::convert::Args),
     Store(commands::store::Args),
 }
