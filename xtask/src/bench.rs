@@ -19,6 +19,11 @@ const RATIOS: &[(&str, &str)] = &[
     ("`Linear` bf16, 64 tokens / candle in bf16", "linear-64-bf16"),
     ("`Linear` bf16, 512 tokens / candle in f32", "linear-512-f32"),
     ("`Linear` bf16, 512 tokens / candle in bf16", "linear-512-bf16"),
+    ("quantize bf16 to int8 / memcpy of the bf16", "int8-quantize"),
+    ("step of 64 tokens, int8 / bf16", "int8-step-64"),
+    ("step of 512 tokens, int8 / bf16", "int8-step-512"),
+    ("read bf16, quantize, write, sync / read and write the bytes, sync", "int8-write"),
+    ("start from the store, checks left out / read its bytes", "int8-start"),
     ("pass of 64 tokens, budget `min` / resident", "streaming-64-min"),
     ("pass of 64 tokens, two slots / resident", "streaming-64-two-slots"),
     ("pass of 64 tokens, budget 50% / resident", "streaming-64-half"),
@@ -37,7 +42,7 @@ pub(crate) fn run() -> Result<()> {
     }
     // Over the whole workspace, so that dependencies are those that the tests were built with.
     let mut command = cargo(&["bench", "--workspace"]);
-    for bench in ["header", "image", "linear", "streaming"] {
+    for bench in ["header", "image", "int8", "linear", "streaming"] {
         command.args(["--bench", bench]);
     }
     step::run("bench", command.env("CRITERION_HOME", &measured))?;

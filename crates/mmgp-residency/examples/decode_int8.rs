@@ -33,9 +33,15 @@ fn main() -> Result<(), Box<dyn Error>> {
         let weight = visit?.run(|layer| layer.decode())?;
         let (storage, _) = weight.storage_and_layout();
         match &*storage {
-            Storage::Cpu(CpuStorage::BF16(v)) => writer.write(&spec.name, bytemuck::cast_slice(v))?,
-            Storage::Cpu(CpuStorage::F16(v)) => writer.write(&spec.name, bytemuck::cast_slice(v))?,
-            Storage::Cpu(CpuStorage::F32(v)) => writer.write(&spec.name, bytemuck::cast_slice(v))?,
+            Storage::Cpu(CpuStorage::BF16(v)) => {
+                writer.write(&spec.name, bytemuck::cast_slice(v))?
+            }
+            Storage::Cpu(CpuStorage::F16(v)) => {
+                writer.write(&spec.name, bytemuck::cast_slice(v))?
+            }
+            Storage::Cpu(CpuStorage::F32(v)) => {
+                writer.write(&spec.name, bytemuck::cast_slice(v))?
+            }
             _ => return Err("weights decode to bf16, f16 or f32".into()),
         }
     }
