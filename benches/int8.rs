@@ -26,11 +26,9 @@ const PIECE: usize = 8 << 20;
 
 type Tower = Paged<(), [Linear; 2]>;
 
-fn tower(pager: &Pager, path: &Path, policy: Option<QuantPolicy>) -> Tower {
+fn tower(pager: &Pager, path: &Path, prepare: impl FnOnce(&mut ModelBuilder)) -> Tower {
     let mut builder = ModelBuilder::new(pager, "tower", Arc::new(Checkpoint::open(path).unwrap()));
-    if let Some(policy) = policy {
-        builder.quantize(policy);
-    }
+    prepare(&mut builder);
     let block = |i: usize| {
         let w = builder.block(&format!("blocks.{i}"));
         let layer = |name: &str, from, to| w.pp(name).linear(from, to, Bias::No).unwrap();
@@ -77,9 +75,9 @@ fn int8(c: &mut Criterion) {
         ]
     };
     write_random(&path, &(0..BLOCKS).flat_map(shapes).collect::<Vec<_>>()).unwrap();
+    let quantized = |builder: &mut ModelBuilder| builder.quantize(QuantPolicy::default());
     let pager = Pager::new(&Device::Cpu).unwrap();
-    let (dense, int8) =
-        (tower(&pager, &path, None), tower(&pager, &path, Some(QuantPolicy::default())));
+    let (dense, int8) = (tower(&pager, &path, |_| ()), tower(&pager, &path, quantized));
     pager.plan(Budget::Unlimited).unwrap();
     for tokens in [64, 512] {
         let x = random(tokens * WIDTH, 3);
@@ -93,7 +91,7 @@ fn int8(c: &mut Criterion) {
 
     // Read, quantize, write, sync; against reading and writing as many bytes.
     let making = Pager::new(&Device::Cpu).unwrap();
-    let _int8 = tower(&making, &path, Some(QuantPolicy::default()));
+    let _int8 = tower(&making, &path, quantized);
     let (saved, other) = (dir.path().join("saved.safetensors"), dir.path().join("other"));
     let save = || {
         making.save("tower", &saved, &BTreeMap::new(), Overwrite::Yes).unwrap();
@@ -114,9 +112,13 @@ fn int8(c: &mut Criterion) {
     };
     compare(c, "int8-write", Some(source), save, move_bytes).unwrap();
 
+    making.save("tower", &saved, &BTreeMap::new(), Overwrite::Yes).unwrap();
+    let reading = Pager::new(&Device::Cpu).unwrap();
+    let _saved = tower(&reading, &saved, |_| ());
+    let digests = reading.digests("tower").unwrap();
     let start = || {
         let pager = Pager::new(&Device::Cpu).unwrap();
-        let tower = tower(&pager, &saved, None);
+        let tower = tower(&pager, &saved, |builder| builder.expect(digests.clone()));
         pager.plan(Budget::Unlimited).unwrap();
         for block in tower.pass().unwrap().blocks() {
             drop(block.unwrap());

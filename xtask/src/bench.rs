@@ -23,7 +23,7 @@ const RATIOS: &[(&str, &str)] = &[
     ("step of 64 tokens, int8 / bf16", "int8-step-64"),
     ("step of 512 tokens, int8 / bf16", "int8-step-512"),
     ("read bf16, quantize, write, sync / read and write the bytes, sync", "int8-write"),
-    ("start from the store, checks left out / read its bytes", "int8-start"),
+    ("start from the store, blocks checked / read its bytes", "int8-start"),
     ("pass of 64 tokens, budget `min` / resident", "streaming-64-min"),
     ("pass of 64 tokens, two slots / resident", "streaming-64-two-slots"),
     ("pass of 64 tokens, budget 50% / resident", "streaming-64-half"),
