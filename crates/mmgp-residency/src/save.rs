@@ -11,6 +11,7 @@ use std::{
     path::Path,
 };
 
+use crossbeam_channel::Sender;
 use half::{bf16, f16};
 use mmgp_io::{Dtype, Overwrite, TensorSpec, TensorView, Writer, base64_json};
 use mmgp_quant::Real;
@@ -20,8 +21,10 @@ use crate::{ALIGN, BlockImage, Bytes, Error, Making, Pager, Result};
 
 /// Where data starts in the file.
 const START: usize = 4096;
-/// Bytes of a source that are in memory at once.
-const PIECE: usize = 16 << 20;
+/// Bytes of a source that are read at once.
+const PIECE: usize = 8 << 20;
+/// Pieces that may wait for the disk.
+const PIECES: usize = 4;
 /// What quanto calls the names of codes and scales behind a weight's.
 const CODES: &str = "._data";
 const SCALES: &str = "._scale";
@@ -61,7 +64,7 @@ impl Pager {
     /// the file `path`: complete and synced, or not at all. `metadata` goes into the header beside
     /// `format` and, if anything is int8, `quantization_format` and `quantization_map_base64`.
     ///
-    /// No more than a piece of one tensor is in memory. What is attached to the model is not written.
+    /// No more than a few pieces of tensors are in memory. What is attached to the model is not written.
     ///
     /// # Errors
     /// A model that is not there; a file that cannot be read, or written.
@@ -87,24 +90,20 @@ impl Pager {
         }
         let specs: Vec<TensorSpec> = items.iter().map(|item| item.spec.clone()).collect();
         let mut writer = Writer::create_aligned(path, &specs, &metadata, overwrite, START)?;
-        let mut scales = HashMap::new();
-        for Item { spec, from, .. } in &items {
-            match from {
-                From::View(view) => copy(view, &spec.name, &mut writer)?,
-                From::Codes(view) => {
-                    let scale = match view.dtype() {
-                        Dtype::BF16 => codes::<bf16>(view, &spec.name, &mut writer)?,
-                        Dtype::F16 => codes::<f16>(view, &spec.name, &mut writer)?,
-                        _ => codes::<f32>(view, &spec.name, &mut writer)?,
-                    };
-                    scales.insert(view.name().to_string(), scale);
-                }
-                From::Scales(of) => {
-                    writer.write(&spec.name, &scales.remove(of).unwrap_or_default())?;
-                }
-                From::One(dtype) => writer.write(&spec.name, one(*dtype))?,
+        // One thread reads and quantizes while this one writes: the slower of the two decides.
+        std::thread::scope(|scope| {
+            let (pieces, inbox) = crossbeam_channel::bounded(PIECES);
+            let items = &items;
+            let maker = scope.spawn(move || make(items, &pieces));
+            for (item, piece) in inbox {
+                let item: &Item = item;
+                writer.write(&item.spec.name, &piece)?;
             }
-        }
+            maker.join().unwrap_or_else(|_| {
+                let reason = "the thread that reads it came to an end".into();
+                Err(Error::NotPageable { model: model.into(), reason })
+            })
+        })?;
         writer.finish()?;
         let bytes = specs.iter().filter_map(TensorSpec::bytes).sum();
         Ok(Saved { tensors: specs.len(), bytes: Bytes(bytes), quantized: quantized.len() })
@@ -186,39 +185,71 @@ fn map_of(items: &[Item]) -> Map<String, Value> {
     items.iter().filter_map(layer).collect()
 }
 
-fn copy(view: &TensorView, name: &str, writer: &mut Writer) -> Result<()> {
-    let mut piece = vec![0; PIECE.min(view.len() as usize)];
-    let mut offset = 0;
-    while offset < view.len() {
-        let len = piece.len().min((view.len() - offset) as usize);
-        view.read_into(offset, &mut piece[..len])?;
-        writer.write(name, &piece[..len])?;
-        offset += len as u64;
+/// A piece of a tensor of the file, on its way to the disk.
+type Piece<'a> = (&'a Item, Vec<u8>);
+
+/// Sends the bytes of all items in order, until they are sent or nobody takes them any more.
+fn make<'a>(items: &'a [Item], pieces: &Sender<Piece<'a>>) -> Result<()> {
+    let mut scales = HashMap::new();
+    for item in items {
+        // A writer that failed has its own error.
+        let mut send = |piece| pieces.send((item, piece)).is_ok();
+        let taken = match &item.from {
+            From::View(view) => copy(view, &mut send)?,
+            From::Codes(view) => {
+                let (taken, scale) = match view.dtype() {
+                    Dtype::BF16 => codes::<bf16>(view, &mut send)?,
+                    Dtype::F16 => codes::<f16>(view, &mut send)?,
+                    _ => codes::<f32>(view, &mut send)?,
+                };
+                scales.insert(view.name(), scale);
+                taken
+            }
+            From::Scales(of) => send(scales.remove(of.as_str()).unwrap_or_default()),
+            From::One(dtype) => send(one(*dtype).to_vec()),
+        };
+        if !taken {
+            break;
+        }
     }
     Ok(())
 }
 
-/// Quantizes rows on all cores and writes their codes; the scales' bytes.
+/// The stored bytes, piece by piece; whether all were taken.
+fn copy(view: &TensorView, send: &mut impl FnMut(Vec<u8>) -> bool) -> Result<bool> {
+    let mut offset = 0;
+    while offset < view.len() {
+        let mut piece = vec![0; PIECE.min((view.len() - offset) as usize)];
+        view.read_into(offset, &mut piece)?;
+        offset += piece.len() as u64;
+        if !send(piece) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// Quantizes rows on all cores and sends their codes; whether all were taken, and the scales' bytes.
 fn codes<T: Real + bytemuck::Pod>(
     view: &TensorView,
-    name: &str,
-    writer: &mut Writer,
-) -> Result<Vec<u8>> {
-    let &[rows, inputs] = view.shape() else { return Ok(Vec::new()) };
+    send: &mut impl FnMut(Vec<u8>) -> bool,
+) -> Result<(bool, Vec<u8>)> {
+    let &[rows, inputs] = view.shape() else { return Ok((true, Vec::new())) };
     let step = (PIECE / (inputs * size_of::<T>()).max(1)).clamp(1, rows.max(1));
-    let mut weight = vec![T::zeroed(); step * inputs];
-    let (mut codes, mut scales) = (vec![0; step * inputs], vec![T::zeroed(); rows]);
+    let (mut weight, mut scales) = (vec![T::zeroed(); step * inputs], vec![T::zeroed(); rows]);
     for first in (0..rows).step_by(step) {
         let count = step.min(rows - first);
         let weight = &mut weight[..count * inputs];
         let offset = (first * inputs * size_of::<T>()) as u64;
         view.read_into(offset, bytemuck::cast_slice_mut(weight))?;
-        let (codes, scales) = (&mut codes[..count * inputs], &mut scales[first..first + count]);
-        mmgp_quant::quantize(weight, inputs, codes, scales)
+        let (mut codes, scales) = (vec![0; count * inputs], &mut scales[first..first + count]);
+        mmgp_quant::quantize(weight, inputs, &mut codes, scales)
             .map_err(|fault| Error::not_finite(view, first + fault.row, fault.column))?;
-        writer.write(name, codes)?;
+        if !send(codes) {
+            return Ok((false, Vec::new()));
+        }
     }
-    Ok(bytemuck::cast_slice(&scales).to_vec())
+    Ok((true, bytemuck::cast_slice(&scales).to_vec()))
 }
 
 fn one(dtype: Dtype) -> &'static [u8] {
