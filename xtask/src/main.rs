@@ -1,2 +1,51 @@
-//! Chores.
-fn main() {}
+//! The project's chores, as `cargo xtask …`.
+//!
+//! Every chore is a short list of cargo's own commands. What needs the library's crates lives in a
+//! package of its own and is run from here, so that this one builds in seconds.
+#![forbid(unsafe_code)]
+
+mod bench;
+mod ci;
+mod memory;
+mod step;
+
+use std::{ffi::OsString, process::Command};
+
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about = "The project's chores")]
+struct Cli {
+    #[command(subcommand)]
+    chore: Chore,
+}
+
+#[derive(Subcommand)]
+enum Chore {
+    /// Everything that CI checks, in one command.
+    Ci(ci::Args),
+    /// The benches, and one table of ratios, written to target/bench/ratios.md
+    Bench,
+    /// What runs under several budgets need, seen from outside the process.
+    Memory(memory::Args),
+    /// Writes a pipeline's folder of random weights in true shapes; `synth --help` says more
+    #[command(disable_help_flag = true)]
+    Synth {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<OsString>,
+    },
+}
+
+fn main() -> anyhow::Result<()> {
+    match Cli::parse().chore {
+        Chore::Ci(args) => ci::run(&args),
+        Chore::Bench => bench::run(),
+        Chore::Memory(args) => memory::run(&args),
+        Chore::Synth { args } => step::run("synth", synth().args(args)).map(drop),
+    }
+}
+
+/// The package that knows the models.
+fn synth() -> Command {
+    step::cargo(&["run", "--quiet", "--release", "--package", "mmgp-synth", "--"])
+}

@@ -121,7 +121,11 @@ fn configs_that_no_model_can_have() {
         replace(&file, text.replace("[8,12,12]", "[8,12,14]"));
     };
     refused(axes, &[], &[file, "axes_dims_rope", "32", "[8, 12, 14]"]);
-    refused(|root| replace(&root.join(file), "{\"num_layers\": "), &[], &["transformer/config.json:1:"]);
+    refused(
+        |root| replace(&root.join(file), "{\"num_layers\": "),
+        &[],
+        &["transformer/config.json:1:"],
+    );
     refused(|root| replace(&root.join(file), "[]"), &[], &[file]);
     let vae = |root: &Path| {
         edit(&root.join("vae/config.json"), "\"norm_num_groups\": 8", "\"norm_num_groups\": 7")

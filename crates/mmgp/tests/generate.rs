@@ -129,7 +129,7 @@ fn real_folders_differ_and_give_the_same_latents() {
         let whole = Checkpoint::open(&file).unwrap();
         let specs: Vec<TensorSpec> = whole.iter().map(TensorSpec::from).collect();
         fs::remove_file(&file).unwrap();
-        mmgp_io::write_sharded(&root.join(part), stem, &specs, whole.bytes() / 3, |spec, write| {
+        mmgp_io::write_sharded(root.join(part), stem, &specs, whole.bytes() / 3, |spec, write| {
             write(whole.tensor(&spec.name)?.bytes())
         })
         .unwrap();

@@ -274,7 +274,8 @@ struct Attention {
 impl Attention {
     fn new(weights: &Weights, channels: usize, groups: usize) -> Built<Self> {
         // Checkpoints from before diffusers 0.13 have the second set of names.
-        let ([q, k, v], out) = match weights.contains("query.weight") {
+        let old = weights.contains("query.weight") && !weights.contains("to_q.weight");
+        let ([q, k, v], out) = match old {
             false => (["to_q", "to_k", "to_v"], "to_out.0"),
             true => (["query", "key", "value"], "proj_attn"),
         };
