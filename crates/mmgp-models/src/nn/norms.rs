@@ -1,11 +1,12 @@
-//! Normalisations: over the last dimension (LayerNorm, RMSNorm, the modulated LayerNorm of diffusion
-//! transformers) and over groups of channels (GroupNorm, with SiLU behind it where a VAE has one).
+//! Normalisations over the last dimension: LayerNorm, RMSNorm, and the modulated LayerNorm of
+//! diffusion transformers.
+//!
+//! Sums are taken in f32 over short runs and in f64 over the runs, so that width costs no digits.
 
 use candle_core::{D, DType, Result, Tensor};
 use mmgp_quant::Weights;
-use rayon::prelude::*;
 
-use crate::nn::{activation::silu, cpu};
+use crate::nn::cpu;
 
 /// (x − mean) / √(variance + ε) · weight + bias over the last dimension
 /// ([Layer Normalization](https://arxiv.org/abs/1607.06450)).
@@ -171,110 +172,10 @@ fn scaled_rows(
     cpu::tensor(out, x.shape())
 }
 
-/// GroupNorm ([Group Normalization](https://arxiv.org/abs/1803.08494)) over `[batch, channels, …]`.
-#[derive(Debug)]
-pub struct GroupNorm {
-    weight: Tensor,
-    bias: Tensor,
-    groups: usize,
-    eps: f64,
-}
-
-impl GroupNorm {
-    /// Asks for `weight` and `bias` `[channels]`.
-    ///
-    /// # Errors
-    /// A tensor that is missing or has another shape; groups that do not divide the channels.
-    pub fn new(
-        weights: &Weights,
-        groups: usize,
-        channels: usize,
-        eps: f64,
-    ) -> mmgp_quant::Result<Self> {
-        if groups == 0 || !channels.is_multiple_of(groups) {
-            return Err(mmgp_quant::Error::Invalid(format!(
-                "group norm `{}`: {channels} channels in {groups} groups",
-                weights.prefix()
-            )));
-        }
-        let weight = weights.tensor(&[channels], "weight")?;
-        Ok(Self { weight, bias: weights.tensor(&[channels], "bias")?, groups, eps })
-    }
-
-    /// `[batch, channels, …]` to the same shape.
-    ///
-    /// # Errors
-    /// Another number of channels; weights that are not leased.
-    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.run(x, |v| v, Ok)
-    }
-
-    /// The same with SiLU behind it, in one pass: `[batch, channels, …]` to the same shape.
-    ///
-    /// # Errors
-    /// Those of [`forward`](Self::forward).
-    pub fn forward_silu(&self, x: &Tensor) -> Result<Tensor> {
-        self.run(x, silu, |y| y.silu())
-    }
-
-    fn run(
-        &self,
-        x: &Tensor,
-        kernel: impl Fn(f32) -> f32 + Send + Sync,
-        then: impl FnOnce(Tensor) -> Result<Tensor>,
-    ) -> Result<Tensor> {
-        let (batch, channels) = (x.dim(0)?, x.dim(1)?);
-        let of_group = channels / self.groups;
-        if channels != of_group * self.groups {
-            candle_core::bail!("group norm: {channels} channels in {} groups", self.groups);
-        }
-        if !is_f32_cpu(x) {
-            let y = x.reshape((batch * self.groups, ()))?;
-            let y = plain_norm(&y, self.eps)?.reshape((batch, channels, ()))?;
-            let y = y.broadcast_mul(&self.weight.reshape((1, channels, 1))?)?;
-            return then(
-                y.broadcast_add(&self.bias.reshape((1, channels, 1))?)?.reshape(x.shape())?,
-            );
-        }
-        let x = x.contiguous()?;
-        let plane = x.elem_count() / (batch * channels).max(1);
-        let mut out = vec![0f32; x.elem_count()];
-        let mut norm = |x: &[f32], weight: &[f32], bias: &[f32]| {
-            if weight.len() != channels || bias.len() != channels {
-                candle_core::bail!("group norm: {channels} channels, {} weights", weight.len());
-            }
-            let span = plane * of_group;
-            if span == 0 {
-                return Ok(());
-            }
-            out.par_chunks_exact_mut(span).zip(x.par_chunks_exact(span)).enumerate().for_each(
-                |(i, (out, x))| {
-                    let mean = sum(x, |v| v) / span as f64;
-                    let mean32 = mean as f32;
-                    let variance = sum(x, |v| (v - mean32) * (v - mean32)) / span as f64;
-                    let inverse = 1. / (variance + self.eps).sqrt();
-                    let first = i % self.groups * of_group;
-                    let planes = out.chunks_exact_mut(plane).zip(x.chunks_exact(plane));
-                    for (channel, (out, x)) in planes.enumerate().map(|(c, p)| (first + c, p)) {
-                        let scale = (inverse * f64::from(weight[channel])) as f32;
-                        let shift = bias[channel];
-                        for (y, &v) in out.iter_mut().zip(x) {
-                            *y = kernel((v - mean32) * scale + shift);
-                        }
-                    }
-                },
-            );
-            Ok(())
-        };
-        cpu::read(&x, |x| cpu::read(&self.weight, |w| cpu::read(&self.bias, |b| norm(x, w, b))))?;
-        cpu::tensor(out, x.shape())
-    }
-}
-
 /// The sum of `f` over a slice: in f32 over short runs, in f64 over their sums, so that the error
 /// does not grow with the length.
 #[inline]
-fn sum(x: &[f32], f: impl Fn(f32) -> f32) -> f64 {
+pub(crate) fn sum(x: &[f32], f: impl Fn(f32) -> f32) -> f64 {
     let run = |x: &[f32]| -> f64 {
         let mut parts = [0f32; 16];
         let chunks = x.chunks_exact(16);
@@ -288,13 +189,13 @@ fn sum(x: &[f32], f: impl Fn(f32) -> f32) -> f64 {
 }
 
 /// LayerNorm without weights in the library's own operations.
-fn plain_norm(x: &Tensor, eps: f64) -> Result<Tensor> {
+pub(crate) fn plain_norm(x: &Tensor, eps: f64) -> Result<Tensor> {
     let x = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
     let variance = x.sqr()?.mean_keepdim(D::Minus1)?;
     x.broadcast_div(&(variance + eps)?.sqrt()?)
 }
 
-fn is_f32_cpu(x: &Tensor) -> bool {
+pub(crate) fn is_f32_cpu(x: &Tensor) -> bool {
     x.device().is_cpu() && x.dtype() == DType::F32
 }
 
@@ -341,22 +242,6 @@ mod tests {
         let want = want.broadcast_add(&shift.unsqueeze(1)?)?;
         near(&layer_norm_modulated(&x, &scale, &shift, 1e-6)?, &want)?;
         assert!(layer_norm_modulated(&x, &scale, &emb, 1e-6).is_err());
-        Ok(())
-    }
-
-    #[test]
-    fn groups_equal_candle() -> mmgp_quant::Result<()> {
-        let dev = Device::Cpu;
-        let rand = |s: &[usize]| Tensor::randn(0.5f32, 1.5, s, &dev);
-        let (w, b, x) = (rand(&[12])?, rand(&[12])?, rand(&[2, 12, 5, 7])?);
-        let source = MemorySource::new(&dev).with("weight", w.clone()).with("bias", b.clone());
-        let weights = Weights::new(source);
-        let ours = GroupNorm::new(&weights, 3, 12, 1e-6)?;
-        let theirs = candle_nn::GroupNorm::new(w, b, 12, 3, 1e-6)?;
-        let want = candle_nn::Module::forward(&theirs, &x)?;
-        near(&ours.forward(&x)?, &want)?;
-        near(&ours.forward_silu(&x)?, &want.silu()?)?;
-        assert!(GroupNorm::new(&weights, 5, 12, 1e-6).is_err());
         Ok(())
     }
 }

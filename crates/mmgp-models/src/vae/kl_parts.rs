@@ -80,9 +80,7 @@ impl Decoder {
         for level in &self.levels {
             x = level.forward(x)?;
         }
-        let normed = self.norm_out.forward_silu(&x)?;
-        drop(x);
-        self.conv_out.forward(&normed)
+        self.conv_out.forward(&self.norm_out.silu_in_place(x)?)
     }
 }
 
@@ -140,7 +138,7 @@ impl Encoder {
             x = level.forward(x)?;
         }
         x = self.mid.forward(x)?;
-        let y = self.conv_out.forward(&self.norm_out.forward_silu(&x)?)?;
+        let y = self.conv_out.forward(&self.norm_out.silu_in_place(x)?)?;
         match &self.quant {
             Some(conv) => conv.forward(&y),
             None => Ok(y),
@@ -215,14 +213,17 @@ impl Residual {
     }
 
     fn forward(&self, x: Tensor) -> Result<Tensor> {
-        // Assigned, not shadowed: each step drops what the one before it left.
-        let mut y = self.norm1.forward_silu(&x)?;
-        let x = match &self.shortcut {
-            Some(conv) => conv.forward(&x)?,
-            None => x,
+        // A decode at 1024 × 1024 peaks in here, at a gigabyte a tensor: where there is a shortcut,
+        // it is taken first, and the input's memory becomes the branch's.
+        let (mut y, x) = match &self.shortcut {
+            Some(conv) => {
+                let shortcut = conv.forward(&x)?;
+                (self.norm1.silu_in_place(x)?, shortcut)
+            }
+            None => (self.norm1.forward_silu(&x)?, x),
         };
-        y = self.conv1.forward(&y)?;
-        y = self.norm2.forward_silu(&y)?;
+        y = self.conv1.forward(&y)?; // assigned, not shadowed: what was there is dropped
+        y = self.norm2.silu_in_place(y)?;
         y = self.conv2.forward(&y)?;
         y + x
     }

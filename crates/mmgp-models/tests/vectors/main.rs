@@ -39,7 +39,10 @@ fn vectors() -> Result<(), Error> {
     writeln!(out, "\nvectors below {}", root.display())?;
     let (mut ran, mut skipped, mut failed) = (0, 0, Vec::new());
     for dir in &dirs {
-        let name = dir.strip_prefix(&root).unwrap_or(dir).display().to_string();
+        let name = match dir.strip_prefix(&root) {
+            Ok(name) if name != Path::new("") => name.display().to_string(),
+            _ => dir.display().to_string(),
+        };
         // DIR may be the group itself, or one case of it.
         let dir = &dir.canonicalize()?;
         let core = dir.parent().and_then(Path::file_name).is_some_and(|name| name == "core");
