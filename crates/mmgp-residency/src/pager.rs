@@ -305,6 +305,7 @@ impl Pager {
             self.adopt(&mut state, plan)?;
         }
         let mut waiting: Option<Instant> = None;
+        let mut demanded = false;
         let used = loop {
             if inner.cancelled.load(Ordering::Relaxed) {
                 return Err(Error::Cancelled);
@@ -324,8 +325,8 @@ impl Pager {
                     });
                 }
                 Phase::Ready { block, used } if *block == at.block => break *used,
-                // A fetch ahead that failed long ago is tried again; one just waited for is told.
-                Phase::Failed(block, error) if *block == at.block && waiting.is_some() => {
+                // A fetch ahead that failed is tried again; one that was asked for here is told.
+                Phase::Failed(block, error) if *block == at.block && demanded => {
                     let error = error.clone();
                     slot.phase = Phase::Empty;
                     return Err(error);
@@ -333,6 +334,7 @@ impl Pager {
                 Phase::Filling => {}
                 Phase::Empty | Phase::Ready { .. } | Phase::Failed(..) => {
                     self.demand(&mut state, at)?;
+                    demanded = matches!(state.slot_mut(at).phase, Phase::Filling);
                 }
             }
             waiting.get_or_insert_with(Instant::now);
