@@ -8,7 +8,14 @@ use std::{process::Command, time::Duration};
 use anyhow::{Result, ensure};
 use clap::ValueEnum;
 
-use crate::step::{self, cargo};
+use crate::{
+    step::{self, cargo},
+    toolkit,
+};
+
+/// The `cuda` feature of every crate that has it, as cargo's option over the whole workspace.
+pub(crate) const CUDA_FEATURES: &str =
+    "--features=mmgp/cuda,mmgp-models/cuda,mmgp-quant/cuda,mmgp-residency/cuda,mmgp-lora/cuda";
 
 /// The options of `ci`.
 #[derive(clap::Args)]
@@ -16,6 +23,9 @@ pub(crate) struct Args {
     /// Leave a step out; may be given several times.
     #[arg(long, value_enum, value_name = "STEP")]
     skip: Vec<Step>,
+    /// Lint and build the CUDA code too; needs no GPU
+    #[arg(long)]
+    cuda: bool,
 }
 
 /// The steps, in the order in which they run: what fails fastest comes first.
@@ -73,6 +83,18 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         let name = format!("{step:?}").to_lowercase();
         let duration = step::run(&name, &mut step.command())?;
         took.push((name, duration));
+    }
+    if args.cuda {
+        let env = toolkit::environment()?;
+        // In the release profile as all else: candle's kernels take ten minutes, once.
+        let clippy = ["clippy", "--release", "--workspace", "--all-targets", CUDA_FEATURES];
+        let mut clippy = cargo(&clippy);
+        clippy.args(["--", "-D", "warnings"]);
+        let tests = cargo(&["test", "--release", "--workspace", "--no-run", CUDA_FEATURES]);
+        for (name, mut command) in [("cuda-lint", clippy), ("cuda-build", tests)] {
+            let duration = step::run(name, command.envs(env.iter().cloned()))?;
+            took.push((name.to_string(), duration));
+        }
     }
     eprintln!();
     for (name, took) in &took {

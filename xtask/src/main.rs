@@ -8,6 +8,7 @@ mod bench;
 mod ci;
 mod memory;
 mod step;
+mod toolkit;
 
 use std::{ffi::OsString, process::Command};
 
@@ -26,6 +27,8 @@ enum Chore {
     Ci(ci::Args),
     /// The benches, and one table of ratios, written to target/bench/ratios.md
     Bench,
+    /// A CUDA toolkit for machines without one, and the environment that names it.
+    CudaToolkit(toolkit::Args),
     /// What runs under several budgets need, seen from outside the process.
     Memory(memory::Args),
     /// Writes a pipeline's folder of random weights in true shapes; `synth --help` says more
@@ -40,6 +43,7 @@ fn main() -> anyhow::Result<()> {
     match Cli::parse().chore {
         Chore::Ci(args) => ci::run(&args),
         Chore::Bench => bench::run(),
+        Chore::CudaToolkit(args) => toolkit::run(&args),
         Chore::Memory(args) => memory::run(&args),
         Chore::Synth { args } => synth(&args),
     }

@@ -1,4 +1,4 @@
-//! Running one cargo command, told as it begins and as it ends.
+//! Running one command, told as it begins and as it ends.
 
 use std::{
     env,
@@ -49,5 +49,6 @@ fn shown(command: &Command) -> String {
         Some(format!("{}='{}' ", key.to_string_lossy(), value?.to_string_lossy()))
     });
     let args = command.get_args().map(|arg| format!(" {}", arg.to_string_lossy()));
-    envs.chain(["cargo".to_string()]).chain(args).collect()
+    let program = Path::new(command.get_program()).file_name().unwrap_or_default();
+    envs.chain([program.to_string_lossy().into_owned()]).chain(args).collect()
 }
