@@ -95,6 +95,9 @@ pub enum Error {
         /// The block.
         block: String,
     },
+    /// The device refused something.
+    #[error("GPU: {0}")]
+    Device(String),
     /// A weight that was to be quantized holds what no number format can.
     #[error(
         "{file}: tensor `{tensor}`, row {row}, column {column}: expected a finite number, found NaN \
@@ -126,6 +129,13 @@ impl Error {
     pub(crate) fn not_finite(view: &mmgp_io::TensorView, row: usize, column: usize) -> Self {
         let file = view.file().path().display().to_string();
         Error::NotFinite { file, tensor: view.name().into(), row, column }
+    }
+
+    /// A block whose digest is not the one that it must have.
+    pub(crate) fn corrupt(image: &crate::BlockImage) -> Self {
+        let file = image.tensors.iter().flat_map(|t| &t.segments).next();
+        let file = file.map(|segment| segment.source.file().path().to_path_buf());
+        Error::Corrupt { file: file.unwrap_or_default(), block: image.name.clone() }
     }
 }
 

@@ -4,6 +4,8 @@
 //! its bytes start inside the slot's tensor). Nothing is read to make one.
 
 use std::sync::{Arc, atomic::AtomicBool};
+#[cfg(feature = "cuda")]
+use std::{any::Any, fmt, sync::OnceLock};
 
 use candle_core::DType;
 use mmgp_io::TensorView;
@@ -108,6 +110,42 @@ pub struct BlockImage {
     pub stored: u64,
     /// What a slot must hold once it was filled, if that is known.
     pub expected: Option<Expected>,
+    /// What the device keeps of it on the host between fills.
+    #[cfg(feature = "cuda")]
+    pub(crate) kept: Kept,
+}
+
+/// A place for whatever a device keeps; a clone of the image begins with nothing in it.
+#[cfg(feature = "cuda")]
+#[derive(Default)]
+pub(crate) struct Kept(OnceLock<Arc<dyn Any + Send + Sync>>);
+
+#[cfg(feature = "cuda")]
+impl Kept {
+    pub(crate) fn get(&self) -> Option<&Arc<dyn Any + Send + Sync>> {
+        self.0.get()
+    }
+
+    pub(crate) fn set(
+        &self,
+        kept: Arc<dyn Any + Send + Sync>,
+    ) -> Result<(), Arc<dyn Any + Send + Sync>> {
+        self.0.set(kept)
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl Clone for Kept {
+    fn clone(&self) -> Self {
+        Self::default()
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl fmt::Debug for Kept {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Kept({})", if self.0.get().is_some() { "something" } else { "nothing" })
+    }
 }
 
 impl BlockImage {
@@ -120,6 +158,14 @@ impl BlockImage {
         }
         let read = tensors.iter().filter(|t| t.making != Making::Int8Scales);
         let stored = read.flat_map(|t| &t.segments).map(|s| s.source.len()).sum();
-        Self { name, tensors, bytes, stored, expected: None }
+        Self {
+            name,
+            tensors,
+            bytes,
+            stored,
+            expected: None,
+            #[cfg(feature = "cuda")]
+            kept: Kept::default(),
+        }
     }
 }

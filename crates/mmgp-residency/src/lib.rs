@@ -40,7 +40,7 @@
 //! # }
 //! ```
 
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)] // but below `device/`, for the GPU
 
 mod builder;
 mod bytes;
@@ -58,7 +58,9 @@ mod save;
 
 pub use builder::{ModelBuilder, Sketch, check_pageable};
 pub use bytes::Bytes;
-pub use device::{Device, Host, Slot};
+#[cfg(feature = "cuda")]
+pub use device::{Cuda, CudaOptions};
+pub use device::{Device, Host, Occupancy, Slot};
 pub use error::{Error, Result};
 pub use image::{ALIGN, BlockImage, Digest, Expected, ImageTensor, Making, Segment};
 pub use lease::{Paged, Pass, Visit};

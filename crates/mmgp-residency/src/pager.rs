@@ -20,8 +20,8 @@ use crossbeam_channel::{Receiver, Sender};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use crate::{
-    BlockImage, Budget, Budgets, Bytes, Device, Digest, Error, Host, ModelReport, Plan, Report,
-    Result, Slot, image::ALIGN, order::Order, plan::ModelSizes,
+    BlockImage, Budget, Budgets, Bytes, Device, Digest, Error, Host, ModelReport, Occupancy, Plan,
+    Report, Result, Slot, SlotPlan, image::ALIGN, order::Order, plan::ModelSizes,
 };
 
 mod attach;
@@ -101,6 +101,7 @@ struct Stats {
 
 struct SlotState {
     capacity: u64,
+    occupancy: Occupancy,
     memory: Option<Box<dyn Slot>>,
     phase: Phase,
 }
@@ -129,7 +130,11 @@ impl Pager {
         }
         Err(Error::NotPageable {
             model: "pager".into(),
-            reason: format!("paging on {:?} is not built into this binary", device.location()),
+            reason: format!(
+                "{:?} is not paged by mmgp: a GPU is opened by `Cuda::new` (feature `cuda`), which \
+                 makes the candle device and its streams, and given to `Pager::over`",
+                device.location()
+            ),
         })
     }
 
@@ -231,9 +236,9 @@ impl Pager {
             reason: "there is no such model".into(),
         })?;
         let digest = |image: &BlockImage| {
-            let mut slot = self.0.device.slot(Bytes(image.bytes))?;
+            let mut slot = self.0.device.slot(Bytes(image.bytes), Occupancy::Alone)?;
             slot.fill(image)?;
-            slot.digest(image.tensors.len())
+            slot.digest(&image.tensors)
         };
         images.iter().map(digest).collect()
     }
@@ -333,8 +338,10 @@ impl Pager {
                 }
                 Phase::Filling => {}
                 Phase::Empty | Phase::Ready { .. } | Phase::Failed(..) => {
-                    self.demand(&mut state, at)?;
-                    demanded = matches!(state.slot_mut(at).phase, Phase::Filling);
+                    demanded = self.demand(&mut state, at)?;
+                    if demanded && !matches!(state.slot_mut(at).phase, Phase::Filling) {
+                        continue; // it was there at once
+                    }
                 }
             }
             waiting.get_or_insert_with(Instant::now);
@@ -375,17 +382,18 @@ impl Pager {
         self.fetch_ahead(&mut state, now);
     }
 
-    /// Starts the fetch of a block that is needed now, giving back what other models hold.
-    fn demand(&self, state: &mut MutexGuard<'_, State>, at: At) -> Result<()> {
+    /// Starts the fetch of a block that is needed now, giving back what other models hold. Says
+    /// whether it did: what is still being fetched elsewhere may have to be given back first.
+    fn demand(&self, state: &mut MutexGuard<'_, State>, at: At) -> Result<bool> {
         let wanted = state.missing(at);
         let others = |_: &State, m: usize, _: usize| m != at.model;
         let mine = state.models[at.model].slot_of[at.block];
         let all = |_: &State, m: usize, slot: usize| m != at.model || slot != mine;
         if state.make_room(wanted, others) || state.make_room(wanted, all) {
-            return self.start(state, at);
+            return self.start(state, at).map(|()| true);
         }
         if state.models.iter().flat_map(|m| &m.slots).any(|s| matches!(s.phase, Phase::Filling)) {
-            return Ok(()); // what is being fetched can be given back once it is there
+            return Ok(false); // what is being fetched can be given back once it is there
         }
         Err(Error::InUse {
             model: state.models[at.model].name.clone(),
@@ -428,7 +436,7 @@ impl Pager {
         let memory = match slot.memory.take() {
             Some(memory) => memory,
             None => {
-                let memory = self.0.device.slot(Bytes(slot.capacity))?;
+                let memory = self.0.device.slot(Bytes(slot.capacity), slot.occupancy)?;
                 model.held += slot.capacity;
                 model.stats.peak = model.stats.peak.max(model.held);
                 let capacity = slot.capacity;
@@ -438,8 +446,18 @@ impl Pager {
             }
         };
         let model = &mut state.models[at.model];
+        let slot = &mut model.slots[model.slot_of[at.block]];
+        if memory.fills_at_once(&image) {
+            let mut memory = memory;
+            slot.phase = match memory.fill(&image) {
+                Ok(()) => Phase::Ready { block: at.block, used: false },
+                Err(error) => Phase::Failed(at.block, error),
+            };
+            slot.memory = Some(memory);
+            return Ok(());
+        }
         model.stats.read += image.stored;
-        model.slots[model.slot_of[at.block]].phase = Phase::Filling;
+        slot.phase = Phase::Filling;
         // Cannot fail: workers live as long as the sender does.
         let _ = self.0.jobs.send(Job { pager: self.0.clone(), at, memory, image });
         Ok(())
@@ -472,12 +490,13 @@ impl Pager {
             state.release_all(model);
             let (m, plan) = (&mut state.models[model], &plan.models[model]);
             m.slot_of = plan.slot_of.clone();
-            let empty = |capacity: Bytes| SlotState {
-                capacity: capacity.0,
+            let empty = |slot: &SlotPlan| SlotState {
+                capacity: slot.capacity.0,
+                occupancy: if slot.blocks > 1 { Occupancy::Turns } else { Occupancy::Alone },
                 memory: None,
                 phase: Phase::Empty,
             };
-            m.slots = plan.slots.iter().map(|s| empty(s.capacity)).collect();
+            m.slots = plan.slots.iter().map(empty).collect();
         }
         let plan = Arc::new(plan);
         state.plan = Some(plan.clone());

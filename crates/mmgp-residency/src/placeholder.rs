@@ -18,18 +18,25 @@ pub(crate) fn placeholder(
     dtype: DType,
     device: &Device,
 ) -> candle_core::Result<Tensor> {
-    if !device.is_cpu() {
-        candle_core::bail!("paging on {:?} is not built into this binary", device.location());
-    }
     // The dtype that a tensor shows is taken from its first storage, so it starts honest and is
     // poisoned before anyone sees it: an empty storage of the honest dtype would crash candle.
-    let empty = empty(dtype, 0)?;
-    let tensor = Tensor::from_storage(Storage::Cpu(empty), shape, BackpropOp::none(), false);
-    exchange(&tensor, poison())?;
+    let (honest, poison) = match device {
+        Device::Cpu => (Storage::Cpu(empty(dtype, 0)?), Storage::Cpu(poison())),
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => {
+            use crate::device::cuda::{nowhere, poison};
+            (Storage::Cuda(nowhere(dtype, device)?), Storage::Cuda(poison(device)))
+        }
+        other => {
+            candle_core::bail!("paging on {:?} is not built into this binary", other.location())
+        }
+    };
+    let tensor = Tensor::from_storage(honest, shape, BackpropOp::none(), false);
+    exchange(&tensor, poison)?;
     Ok(tensor)
 }
 
-/// Storage that every operation refuses.
+/// Storage on the host that every operation refuses.
 pub(crate) fn poison() -> CpuStorage {
     CpuStorage::F8E8M0(Vec::new())
 }
@@ -48,17 +55,43 @@ pub(crate) fn empty(dtype: DType, len: usize) -> candle_core::Result<CpuStorage>
 
 /// Puts `storage` under `tensor` and returns what was there. Waits while anyone reads the tensor.
 ///
-/// The storage must have the tensor's dtype and size, or be poison.
-pub(crate) fn exchange(tensor: &Tensor, storage: CpuStorage) -> candle_core::Result<CpuStorage> {
-    struct Exchange(Mutex<RefCell<CpuStorage>>);
+/// The storage must be of the tensor's device and have its dtype and size, or be poison.
+pub(crate) fn exchange(tensor: &Tensor, storage: Storage) -> candle_core::Result<Storage> {
+    struct Exchange(Mutex<RefCell<Storage>>);
+    impl Exchange {
+        fn swap<T>(
+            &self,
+            storage: &mut T,
+            ours: impl FnOnce(&mut Storage) -> Option<&mut T>,
+        ) -> candle_core::Result<()> {
+            let held = self.0.lock().unwrap_or_else(|e| e.into_inner());
+            match ours(&mut held.borrow_mut()) {
+                Some(ours) => std::mem::swap(storage, ours),
+                None => candle_core::bail!("a tensor cannot be bound to another device's memory"),
+            }
+            Ok(())
+        }
+    }
     impl InplaceOp1 for Exchange {
         fn name(&self) -> &'static str {
             "bind"
         }
         fn cpu_fwd(&self, storage: &mut CpuStorage, _: &Layout) -> candle_core::Result<()> {
-            let ours = self.0.lock().unwrap_or_else(|e| e.into_inner());
-            std::mem::swap(storage, &mut ours.borrow_mut());
-            Ok(())
+            self.swap(storage, |ours| match ours {
+                Storage::Cpu(ours) => Some(ours),
+                _ => None,
+            })
+        }
+        #[cfg(feature = "cuda")]
+        fn cuda_fwd(
+            &self,
+            storage: &mut candle_core::CudaStorage,
+            _: &Layout,
+        ) -> candle_core::Result<()> {
+            self.swap(storage, |ours| match ours {
+                Storage::Cuda(ours) => Some(ours),
+                _ => None,
+            })
         }
     }
     let exchange = Exchange(Mutex::new(RefCell::new(storage)));
@@ -97,11 +130,11 @@ mod tests {
     fn views_follow_the_binding() -> candle_core::Result<()> {
         let w = placeholder(&[2, 3], DType::F32, &Device::Cpu)?;
         let view = w.t()?.narrow(0, 1, 2)?;
-        let old = exchange(&w, CpuStorage::F32(vec![0., 1., 2., 3., 4., 5.]))?;
-        assert!(matches!(old, CpuStorage::F8E8M0(_)));
+        let old = exchange(&w, Storage::Cpu(CpuStorage::F32(vec![0., 1., 2., 3., 4., 5.])))?;
+        assert!(matches!(old, Storage::Cpu(CpuStorage::F8E8M0(_))));
         assert_eq!(view.to_vec2::<f32>()?, [[1., 4.], [2., 5.]]);
-        let back = exchange(&w, poison())?;
-        assert!(matches!(back, CpuStorage::F32(v) if v.len() == 6));
+        let back = exchange(&w, Storage::Cpu(poison()))?;
+        assert!(matches!(back, Storage::Cpu(CpuStorage::F32(v)) if v.len() == 6));
         assert!(view.to_vec2::<f32>().is_err());
         Ok(())
     }

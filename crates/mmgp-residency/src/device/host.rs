@@ -10,12 +10,12 @@ use std::{
     sync::{Arc, atomic::Ordering},
 };
 
-use candle_core::{CpuStorage, DType, Device as Candle, Tensor};
+use candle_core::{CpuStorage, DType, Device as Candle, Storage, Tensor};
 use mmgp_io::Dtype;
 use rayon::prelude::*;
 
 use super::{
-    Device, Slot,
+    Device, Occupancy, Slot,
     read::{no_way, quantize_tensor, read_tensor},
 };
 use crate::{
@@ -71,7 +71,7 @@ impl Device for Host {
         Ok(HostMemory::read().map_or(Bytes(u64::MAX), |memory| memory.available))
     }
 
-    fn slot(&self, _capacity: Bytes) -> Result<Box<dyn Slot>> {
+    fn slot(&self, _capacity: Bytes, _: Occupancy) -> Result<Box<dyn Slot>> {
         Ok(Box::new(HostSlot { readers: self.readers.clone(), held: Vec::new() }))
     }
 }
@@ -108,12 +108,9 @@ impl Slot for HostSlot {
         self.held = targets;
         match &image.expected {
             Some(expected) if !expected.checked.load(Ordering::Relaxed) => {
-                if self.digest(expected.tensors)? != expected.digest {
+                if self.digest_of(expected.tensors)? != expected.digest {
                     self.held.clear();
-                    let file = image.tensors.iter().flat_map(|t| &t.segments).next();
-                    let file = file.map(|segment| segment.source.file().path().to_path_buf());
-                    let file = file.unwrap_or_default();
-                    return Err(Error::Corrupt { file, block: image.name.clone() });
+                    return Err(Error::corrupt(image));
                 }
                 expected.checked.store(true, Ordering::Relaxed);
             }
@@ -122,7 +119,31 @@ impl Slot for HostSlot {
         Ok(())
     }
 
-    fn digest(&self, tensors: usize) -> Result<Digest> {
+    fn digest(&self, tensors: &[ImageTensor]) -> Result<Digest> {
+        self.digest_of(tensors.len())
+    }
+
+    fn bind(&mut self, tensors: &[Tensor]) -> Result<()> {
+        let storages = std::mem::take(&mut self.held);
+        for (tensor, storage) in tensors.iter().zip(storages) {
+            exchange(tensor, Storage::Cpu(storage))?;
+        }
+        Ok(())
+    }
+
+    fn unbind(&mut self, tensors: &[Tensor]) -> Result<()> {
+        self.held.clear();
+        for tensor in tensors {
+            if let Storage::Cpu(storage) = exchange(tensor, Storage::Cpu(poison()))? {
+                self.held.push(storage);
+            }
+        }
+        Ok(())
+    }
+}
+
+impl HostSlot {
+    fn digest_of(&self, tensors: usize) -> Result<Digest> {
         let mut hasher = blake3::Hasher::new();
         for storage in self.held.iter().take(tensors) {
             match storage {
@@ -134,22 +155,6 @@ impl Slot for HostSlot {
             };
         }
         Ok(*hasher.finalize().as_bytes())
-    }
-
-    fn bind(&mut self, tensors: &[Tensor]) -> Result<()> {
-        let storages = std::mem::take(&mut self.held);
-        for (tensor, storage) in tensors.iter().zip(storages) {
-            exchange(tensor, storage)?;
-        }
-        Ok(())
-    }
-
-    fn unbind(&mut self, tensors: &[Tensor]) -> Result<()> {
-        self.held.clear();
-        for tensor in tensors {
-            self.held.push(exchange(tensor, poison())?);
-        }
-        Ok(())
     }
 }
 

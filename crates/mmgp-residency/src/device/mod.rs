@@ -8,12 +8,29 @@
 use candle_core::{DType, Tensor};
 use mmgp_io::Dtype;
 
-use crate::{BlockImage, Bytes, Digest, Result};
+use crate::{BlockImage, Bytes, Digest, ImageTensor, Result};
 
+#[cfg(feature = "cuda")]
+#[allow(unsafe_code)]
+pub(crate) mod cuda;
 mod host;
+#[cfg(feature = "cuda")]
+#[allow(unsafe_code)]
+mod pinned;
 mod read;
 
+#[cfg(feature = "cuda")]
+pub use cuda::{Cuda, CudaOptions};
 pub use host::Host;
+
+/// Who lives in a slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Occupancy {
+    /// One block, for good: it is filled seldom.
+    Alone,
+    /// Several blocks in turn: it is filled all the time.
+    Turns,
+}
 
 /// Memory that blocks are paged into, and the way bytes get there.
 pub trait Device: Send + Sync {
@@ -35,7 +52,7 @@ pub trait Device: Send + Sync {
     ///
     /// # Errors
     /// Memory that is not there.
-    fn slot(&self, capacity: Bytes) -> Result<Box<dyn Slot>>;
+    fn slot(&self, capacity: Bytes, occupancy: Occupancy) -> Result<Box<dyn Slot>>;
 }
 
 /// A region of device memory that holds one block at a time.
@@ -50,11 +67,17 @@ pub trait Slot: Send {
     /// A file that cannot be read (any more). The slot then holds nothing.
     fn fill(&mut self, image: &BlockImage) -> Result<()>;
 
-    /// The digest of the first `tensors` tensors of what the slot was filled with.
+    /// Whether `fill` would only queue work for the device: it is then called by the thread that
+    /// computes, without a detour through a worker.
+    fn fills_at_once(&self, _image: &BlockImage) -> bool {
+        false
+    }
+
+    /// The digest of `tensors`, the first of what the slot was filled with; it is unbound.
     ///
     /// # Errors
     /// Whatever the device refuses.
-    fn digest(&self, tensors: usize) -> Result<Digest>;
+    fn digest(&self, tensors: &[ImageTensor]) -> Result<Digest>;
 
     /// Points `tensors` at the slot.
     ///

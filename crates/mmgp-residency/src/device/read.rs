@@ -1,6 +1,8 @@
 //! How the tensors of a slot on the host are made of what files hold: as it lies, converted, spread
 //! over strided rows, or quantized. Pieces bound the memory beside the slot.
 
+use std::ops::Range;
+
 use candle_core::CpuStorage;
 use half::{bf16, f16, slice::HalfFloatSliceExt};
 use mmgp_io::{Dtype, TensorView};
@@ -12,34 +14,112 @@ use crate::{Error, ImageTensor, Result, Segment, placeholder::empty};
 /// Bytes that one reading task handles, and the size of its buffer where it converts.
 const PIECE: usize = 4 << 20;
 
+/// Values of a slot's tensor, wherever they lie.
+pub(super) enum Target<'a> {
+    U8(&'a mut [u8]),
+    F16(&'a mut [f16]),
+    BF16(&'a mut [bf16]),
+    F32(&'a mut [f32]),
+}
+
+impl<'a> Target<'a> {
+    /// All values of a storage; `None` for dtypes that slots do not hold.
+    pub(super) fn of(storage: &'a mut CpuStorage) -> Option<Self> {
+        Some(match storage {
+            CpuStorage::U8(v) => Self::U8(v),
+            CpuStorage::F16(v) => Self::F16(v),
+            CpuStorage::BF16(v) => Self::BF16(v),
+            CpuStorage::F32(v) => Self::F32(v),
+            _ => return None,
+        })
+    }
+
+    /// Bytes as values of `dtype`; `None` for dtypes that slots do not hold, or bytes that are not
+    /// aligned for it.
+    #[cfg(feature = "cuda")]
+    pub(super) fn over(bytes: &'a mut [u8], dtype: candle_core::DType) -> Option<Self> {
+        use bytemuck::try_cast_slice_mut as cast;
+        use candle_core::DType;
+        Some(match dtype {
+            DType::U8 => Self::U8(bytes),
+            DType::F16 => Self::F16(cast(bytes).ok()?),
+            DType::BF16 => Self::BF16(cast(bytes).ok()?),
+            DType::F32 => Self::F32(cast(bytes).ok()?),
+            _ => return None,
+        })
+    }
+
+    fn narrow(&mut self, range: Range<usize>) -> Target<'_> {
+        match self {
+            Self::U8(v) => Target::U8(&mut v[range]),
+            Self::F16(v) => Target::F16(&mut v[range]),
+            Self::BF16(v) => Target::BF16(&mut v[range]),
+            Self::F32(v) => Target::F32(&mut v[range]),
+        }
+    }
+}
+
+/// Reads a whole tensor.
 pub(super) fn read_tensor(tensor: &ImageTensor, target: &mut CpuStorage) -> Result<()> {
-    for segment in &tensor.segments {
+    for segment in tensor.segments.iter() {
         if let Some(stride) = segment.stride {
             read_rows(tensor, segment, stride, target)?;
+        }
+    }
+    match Target::of(target) {
+        Some(target) => read_elements(tensor, 0..tensor.elements(), target),
+        None => Err(no_way(tensor, "slots do not hold it")),
+    }
+}
+
+/// Reads the elements `range` of a tensor into `target`, which has so many. Segments with strided rows
+/// are left out.
+pub(super) fn read_elements(
+    tensor: &ImageTensor,
+    range: Range<usize>,
+    mut target: Target<'_>,
+) -> Result<()> {
+    for segment in tensor.segments.iter().filter(|s| s.stride.is_none()) {
+        let view = &segment.source;
+        let end = segment.element + view.elements() as usize;
+        let (from, to) = (range.start.max(segment.element), range.end.min(end));
+        if from >= to {
             continue;
         }
-        let view = &segment.source;
-        let range = segment.element..segment.element + view.elements() as usize;
-        match (&mut *target, view.dtype()) {
-            (CpuStorage::U8(v), Dtype::U8 | Dtype::I8) => read_as_is(view, &mut v[range])?,
-            (CpuStorage::BF16(v), Dtype::BF16) => read_as_is(view, &mut v[range])?,
-            (CpuStorage::F16(v), Dtype::F16) => read_as_is(view, &mut v[range])?,
-            (CpuStorage::F32(v), Dtype::F32) => read_as_is(view, &mut v[range])?,
-            (CpuStorage::F32(v), Dtype::BF16) => {
-                widen(view, &mut v[range], |to, from: &[bf16]| from.convert_to_f32_slice(to))?;
+        let first = from - segment.element;
+        let part = target.narrow(from - range.start..to - range.start);
+        match (part, view.dtype()) {
+            (Target::U8(v), Dtype::U8 | Dtype::I8) => read_as_is(view, first, v)?,
+            (Target::BF16(v), Dtype::BF16) => read_as_is(view, first, v)?,
+            (Target::F16(v), Dtype::F16) => read_as_is(view, first, v)?,
+            (Target::F32(v), Dtype::F32) => read_as_is(view, first, v)?,
+            (Target::F32(v), Dtype::BF16) => {
+                convert(view, first, v, |to, from: &[bf16]| from.convert_to_f32_slice(to))?;
             }
-            (CpuStorage::F32(v), Dtype::F16) => {
-                widen(view, &mut v[range], |to, from: &[f16]| from.convert_to_f32_slice(to))?;
+            (Target::F32(v), Dtype::F16) => {
+                convert(view, first, v, |to, from: &[f16]| from.convert_to_f32_slice(to))?;
             }
-            (CpuStorage::F32(v), Dtype::F64) => widen(view, &mut v[range], |to, from: &[f64]| {
-                to.iter_mut().zip(from).for_each(|(to, from)| *to = *from as f32);
-            })?,
+            (Target::F32(v), Dtype::F64) => {
+                convert(view, first, v, each(|v: f64| v as f32))?;
+            }
+            (Target::BF16(v), Dtype::F32) => {
+                convert(view, first, v, |to, from: &[f32]| to.convert_from_f32_slice(from))?;
+            }
+            (Target::BF16(v), Dtype::F16) => {
+                convert(view, first, v, each(|v: f16| bf16::from_f32(v.to_f32())))?;
+            }
+            (Target::BF16(v), Dtype::F64) => convert(view, first, v, each(bf16::from_f64))?,
             (_, stored) => {
                 return Err(no_way(tensor, &format!("it is stored as {stored}")));
             }
         }
     }
     Ok(())
+}
+
+/// A conversion of slices out of one of values.
+fn each<T: Copy, U>(convert: impl Fn(T) -> U + Sync) -> impl Fn(&mut [U], &[T]) + Sync {
+    move |to, from| to.iter_mut().zip(from).for_each(|(to, &from)| *to = convert(from))
 }
 
 /// Reads a matrix whose rows do not stand one behind another in the slot's tensor. Such matrices are
@@ -146,23 +226,30 @@ pub(super) fn no_way(tensor: &ImageTensor, why: &str) -> Error {
     }
 }
 
-fn read_as_is<T: bytemuck::Pod + Send>(view: &TensorView, target: &mut [T]) -> Result<()> {
+fn read_as_is<T: bytemuck::Pod + Send>(
+    view: &TensorView,
+    first: usize,
+    target: &mut [T],
+) -> Result<()> {
     let bytes: &mut [u8] = bytemuck::cast_slice_mut(target);
+    let first = first * size_of::<T>();
     bytes
         .par_chunks_mut(PIECE)
         .enumerate()
-        .try_for_each(|(i, piece)| Ok(view.read_into((i * PIECE) as u64, piece)?))
+        .try_for_each(|(i, piece)| Ok(view.read_into((first + i * PIECE) as u64, piece)?))
 }
 
-fn widen<T: bytemuck::Pod + Send>(
+fn convert<T: bytemuck::Pod + Send, U: Send>(
     view: &TensorView,
-    target: &mut [f32],
-    convert: impl Fn(&mut [f32], &[T]) + Sync,
+    first: usize,
+    target: &mut [U],
+    convert: impl Fn(&mut [U], &[T]) + Sync,
 ) -> Result<()> {
     let elements = PIECE / size_of::<T>();
     target.par_chunks_mut(elements).enumerate().try_for_each(|(i, to)| {
         let mut from = vec![T::zeroed(); to.len()];
-        view.read_into((i * PIECE) as u64, bytemuck::cast_slice_mut(&mut from))?;
+        let offset = (first + i * elements) * size_of::<T>();
+        view.read_into(offset as u64, bytemuck::cast_slice_mut(&mut from))?;
         convert(to, &from);
         Ok(())
     })

@@ -3,7 +3,7 @@
 
 use std::{collections::BTreeMap, path::Path, sync::Arc};
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Tensor};
 use half::{bf16, f16};
 use mmgp_io::{Checkpoint, Dtype, Overwrite, TensorSpec, Writer};
 use mmgp_quant::{Bias, Linear};
@@ -74,10 +74,18 @@ pub fn build_with(
 
 /// One pass; the bits of its result.
 pub fn run(tower: &Tower) -> Result<Vec<u32>> {
+    Ok(values(tower)?.into_iter().map(f32::to_bits).collect())
+}
+
+/// One pass on the pager's device, in its compute dtype.
+pub fn values(tower: &Tower) -> Result<Vec<f32>> {
+    let pager = tower.pager().clone();
+    let (device, dtype) = (pager.device().candle(), pager.device().compute_dtype());
     let start: Vec<f32> = (0..3 * WIDTH).map(|i| (i as f32).sin()).collect();
     let pass = tower.pass()?;
-    let mut x = pass
-        .stem(|scale| Tensor::from_slice(&start, (3, WIDTH), &Device::Cpu)?.broadcast_mul(scale))?;
+    let mut x = pass.stem(|scale| {
+        Tensor::from_slice(&start, (3, WIDTH), device)?.to_dtype(dtype)?.broadcast_mul(scale)
+    })?;
     for block in pass.blocks() {
         x = block?.run(|(up, down)| {
             let y = up.forward(&x)?;
@@ -88,6 +96,5 @@ pub fn run(tower: &Tower) -> Result<Vec<u32>> {
             &x + y
         })?;
     }
-    let values = pass.stem(|scale| x.broadcast_mul(scale)?.flatten_all()?.to_vec1::<f32>())?;
-    Ok(values.into_iter().map(f32::to_bits).collect())
+    pass.stem(|scale| x.broadcast_mul(scale)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>())
 }
