@@ -5,7 +5,8 @@
 #![allow(clippy::unwrap_used)]
 
 use std::{
-    collections::BTreeMap, fs, path::Path, process::Command, sync::Arc, thread::sleep, time::Duration,
+    collections::BTreeMap, fs, path::Path, process::Command, sync::Arc, thread::sleep,
+    time::Duration,
 };
 
 use candle_core::{DType, Device, Tensor};
