@@ -10,7 +10,7 @@ use candle_core::DType;
 use criterion::{Criterion, criterion_group, criterion_main};
 use mmgp_benches::{compare, random, settings, write_random};
 use mmgp_io::Checkpoint;
-use mmgp_residency::{BlockImage, Bytes, Device, Host, ImageTensor, Making, Segment};
+use mmgp_residency::{BlockImage, Bytes, Device, Host, ImageTensor, Making, Occupancy, Segment};
 
 const WIDTH: usize = 1536;
 
@@ -57,7 +57,7 @@ fn image(c: &mut Criterion) {
 
     for (name, dtype) in [("image-bf16", DType::BF16), ("image-f32", DType::F32)] {
         let image = block(&checkpoint, dtype);
-        let mut slot = host.slot(Bytes(image.bytes)).unwrap();
+        let mut slot = host.slot(Bytes(image.bytes), Occupancy::Alone).unwrap();
         let from = random(image.bytes as usize / 4, 7);
         let mut to = random(from.len(), 8);
         let ours = || slot.fill(&image).unwrap();
