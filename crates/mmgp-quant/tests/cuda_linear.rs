@@ -1,6 +1,7 @@
 //! Linear layers on a CUDA device agree with the CPU: the expansion of int8 weights bit for bit, products
 //! within the rounding of the compute dtype. These tests fail where no CUDA device can be opened.
 #![cfg(feature = "cuda")]
+#![allow(clippy::unwrap_used)] // helpers of tests may panic
 
 use candle_core::{
     CpuStorage, CudaStorage, D, DType, Device, InplaceOp1, Layout, Tensor, backend::BackendDevice,
