@@ -7,7 +7,7 @@
 
 use std::ops::Range;
 
-use candle_core::{CpuStorage, InplaceOp1, Layout, Storage, Tensor};
+use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Storage, Tensor};
 use half::{bf16, f16};
 use rayon::prelude::*;
 
@@ -30,8 +30,7 @@ pub struct Band<'a> {
 
 /// `y + (s ∘ x Aᵀ) Bᵀ`, in place: the caller shares `y` with nobody. `x` `[rows, inputs]` and `y`
 /// `[rows, outputs]` are contiguous in the compute dtype, `a` is `[ranks, inputs]`, `scales` has one
-/// factor per rank. On the CPU `a` and the bands may be f32, bf16 or f16; elsewhere they have the
-/// compute dtype. Bands whose scales are all zero are skipped.
+/// factor per rank; `a` and the bands may be f32, bf16 or f16. Bands whose scales are all zero are skipped.
 ///
 /// # Errors
 /// Shapes that do not agree; weights that are not leased; whatever the tensor library refuses.
@@ -84,13 +83,24 @@ fn add_by_products(
     bands: &[(&Band<'_>, Range<usize>)],
 ) -> candle_core::Result<Tensor> {
     let scales = Tensor::new(scales, x.device())?.to_dtype(x.dtype())?;
-    let t = x.matmul(&a.t()?)?.broadcast_mul(&scales)?;
+    let t = x.matmul(&cast(a, x.dtype())?.t()?)?.broadcast_mul(&scales)?;
     for (band, columns) in bands {
         let t = t.narrow(1, columns.start, columns.len())?.contiguous()?;
         let part = y.narrow(1, band.row, band.b.dim(0)?)?;
-        y.slice_set(&(part + t.matmul(&band.b.t()?)?)?.contiguous()?, 1, band.row)?;
+        let b = cast(band.b, x.dtype())?;
+        y.slice_set(&(part + t.matmul(&b.t()?)?)?.contiguous()?, 1, band.row)?;
     }
     Ok(y)
+}
+
+/// An adapter's weight, which lies as it was stored, in the dtype that is computed in.
+fn cast(weight: &Tensor, dtype: DType) -> candle_core::Result<Tensor> {
+    // Converting would read past the end of the empty storage that a weight without a lease has.
+    let stored = weight.storage_and_layout().0.dtype();
+    if stored != weight.dtype() {
+        candle_core::bail!("low rank: an adapter's weight is not leased");
+    }
+    weight.to_dtype(dtype)
 }
 
 fn add_on_cpu(
@@ -184,7 +194,7 @@ fn rows<'a>(storage: &'a CpuStorage, layout: &Layout) -> candle_core::Result<Row
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{DType, Device};
+    use candle_core::Device;
 
     use super::*;
 

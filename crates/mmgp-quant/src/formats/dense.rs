@@ -53,14 +53,25 @@ impl QuantTensor for DenseWeight {
         match (x.device().is_cpu(), bias) {
             (true, Some(bias)) => x.apply_op3_no_bwd(&self.0, bias, &Product),
             (true, None) => x.apply_op2_no_bwd(&self.0, &Product),
-            (false, Some(bias)) => x.matmul(&self.0.t()?)?.broadcast_add(bias),
-            (false, None) => x.matmul(&self.0.t()?),
+            (false, _) => with_bias(x.matmul(&self.0.t()?)?, bias),
         }
     }
 
     fn decode(&self) -> candle_core::Result<Tensor> {
         self.0.copy()
     }
+}
+
+/// A fresh product `[rows, outputs]` with its bias, by any device but the CPU: in place where there is
+/// a kernel for that, because the library's own addition takes longer than the product.
+pub(crate) fn with_bias(y: Tensor, bias: Option<&Tensor>) -> candle_core::Result<Tensor> {
+    let Some(bias) = bias else { return Ok(y) };
+    #[cfg(feature = "cuda")]
+    if y.device().is_cuda() {
+        y.inplace_op2(bias, &crate::kernels::cuda::AddBias)?;
+        return Ok(y);
+    }
+    y.broadcast_add(bias)
 }
 
 /// `x · Wᵀ (+ bias)` on the CPU, as a custom operation because only those see storages.

@@ -4,13 +4,16 @@
 //! `[outputs, 1]`), or made from a dense weight while it is read, where the source wants that. Codes
 //! travel as bytes, since candle has no I8, and stay int8 on the device. The product expands 64 rows at
 //! a time to `code · scale`: in f32, or, where the source says so, rounded to the scale's dtype, as
-//! quanto and [`decode`](QuantTensor::decode) do.
+//! quanto and [`decode`](QuantTensor::decode) do. On CUDA it expands the whole weight to the compute
+//! dtype, for the time of one product.
 
-use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Shape, Tensor};
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
+use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Layout, Shape, Tensor};
 use half::{bf16, f16};
 use mmgp_io::Dtype;
 
-use super::dense::{product, slice};
+use super::dense::{product, slice, with_bias};
 use crate::{
     Error, Form, Format, Part, QuantTensor, Result, Weights,
     kernels::{
@@ -88,7 +91,7 @@ impl QuantTensor for Int8Weight {
 
     fn product(&self, x: &Tensor, bias: Option<&Tensor>) -> candle_core::Result<Tensor> {
         if !x.device().is_cpu() {
-            candle_core::bail!("int8 products are not built for {:?}", x.device().location());
+            return with_bias(x.matmul(&self.expanded(x.dtype())?.t()?)?, bias);
         }
         let y =
             x.apply_op3_no_bwd(&self.codes, &self.scales, &Product { rounded: self.rounded })?;
@@ -99,7 +102,16 @@ impl QuantTensor for Int8Weight {
     }
 
     fn decode(&self) -> candle_core::Result<Tensor> {
-        self.codes.apply_op2_no_bwd(&self.scales, &Decode)
+        self.expanded(self.scales.dtype())
+    }
+}
+
+impl Int8Weight {
+    /// The whole weight in `dtype`, through the scale's dtype where that rounding is wanted.
+    fn expanded(&self, dtype: DType) -> candle_core::Result<Tensor> {
+        let stored = self.scales.dtype();
+        let through = if self.rounded && stored != DType::F32 { stored } else { dtype };
+        self.codes.apply_op2_no_bwd(&self.scales, &Decode { dtype: through })?.to_dtype(dtype)
     }
 }
 
@@ -146,7 +158,12 @@ impl CustomOp3 for Product {
     }
 }
 
-struct Decode;
+/// `code · scale` of a whole weight, rounded once to `dtype`; on the CPU that is the scale's.
+struct Decode {
+    // Only kernels of GPUs can round to another dtype than the scale's.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    dtype: DType,
+}
 
 impl CustomOp2 for Decode {
     fn name(&self) -> &'static str {
@@ -178,5 +195,16 @@ impl CustomOp2 for Decode {
             _ => candle_core::bail!("int8: the scales are not leased, or of another dtype"),
         };
         Ok((storage, Shape::from((outputs, inputs))))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        codes: &CudaStorage,
+        lc: &Layout,
+        scales: &CudaStorage,
+        ls: &Layout,
+    ) -> candle_core::Result<(CudaStorage, Shape)> {
+        crate::kernels::cuda::expand((codes, lc), (scales, ls), self.dtype)
     }
 }

@@ -1,5 +1,7 @@
 //! Kernels, by device. `unsafe` of this crate lives below this module only.
 
 pub(crate) mod cpu;
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
 pub(crate) mod int8;
 mod isa;

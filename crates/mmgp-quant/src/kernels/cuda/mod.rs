@@ -1,0 +1,197 @@
+//! The kernels of NVIDIA GPUs: int8 weights expanded to a floating-point dtype, biases added in place.
+//!
+//! They are compiled ahead (`build.rs`) and loaded once per CUDA context, at the first use. Launches
+//! are queued on candle's stream and never synchronize the host. Lengths and dtypes are checked here,
+//! since weights that are not leased hold an empty storage of another dtype.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, OnceLock},
+};
+
+use candle_core::{
+    CpuStorage, CudaDevice, CudaStorage, DType, InplaceOp2, Layout, Result, Shape,
+    backend::BackendStorage,
+    bail,
+    cuda_backend::{
+        CudaDType, WrapErr,
+        cudarc::{
+            driver::{CudaFunction, CudaModule, CudaView, DeviceRepr, LaunchConfig, PushKernelArg},
+            nvrtc::Ptx,
+        },
+    },
+};
+use half::{bf16, f16};
+use parking_lot::Mutex;
+
+/// Machine code and PTX of `int8.cu`.
+static KERNELS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/int8.fatbin"));
+
+/// Threads of a block.
+const BLOCK: u32 = 256;
+/// Blocks along x at most; threads step over what is left.
+const GRID_X: u64 = 1 << 20;
+/// Blocks along y at most, the limit of the hardware.
+const GRID_Y: u64 = 65_535;
+
+/// A kernel by its name. Modules are kept for the life of the process, by the address of their
+/// context; each holds its context, so an address never comes to mean another one.
+fn function(dev: &CudaDevice, name: &str) -> Result<CudaFunction> {
+    static MODULES: OnceLock<Mutex<HashMap<usize, Arc<CudaModule>>>> = OnceLock::new();
+    let stream = dev.cuda_stream();
+    let context = stream.context();
+    let mut modules = MODULES.get_or_init(Mutex::default).lock();
+    let key = context.cu_ctx() as usize;
+    let module = match modules.get(&key) {
+        Some(module) => module.clone(),
+        None => {
+            let module = context.load_module(Ptx::from_binary(KERNELS.to_vec())).w()?;
+            modules.insert(key, module.clone());
+            module
+        }
+    };
+    module.load_function(name).w()
+}
+
+/// The name that kernels have for a dtype.
+fn short(dtype: DType) -> Result<&'static str> {
+    Ok(match dtype {
+        DType::BF16 => "bf16",
+        DType::F16 => "f16",
+        DType::F32 => "f32",
+        other => bail!("linear: {other:?} is not computed on CUDA, or the weight is not leased"),
+    })
+}
+
+/// What `layout` shows of a storage that must be contiguous and hold `T`.
+fn view<'a, T: CudaDType>(storage: &'a CudaStorage, layout: &Layout) -> Result<CudaView<'a, T>> {
+    let all = storage.as_cuda_slice::<T>()?;
+    layout
+        .contiguous_offsets()
+        .and_then(|(from, to)| all.try_slice(from..to))
+        .ok_or_else(|| candle_core::Error::msg("linear: an operand is not contiguous or not bound"))
+}
+
+fn blocks(threads: u64) -> u32 {
+    threads.div_ceil(u64::from(BLOCK)).clamp(1, GRID_X) as u32
+}
+
+/// `codes · scales` in `dtype` (bf16, f16 or f32), rounded once: `codes` U8 `[outputs, inputs]`, two's
+/// complement, `scales` bf16, f16 or f32 `[outputs, 1]`.
+pub(crate) fn expand(
+    codes: (&CudaStorage, &Layout),
+    scales: (&CudaStorage, &Layout),
+    dtype: DType,
+) -> Result<(CudaStorage, Shape)> {
+    match scales.0.dtype() {
+        DType::BF16 => expand_by::<bf16>(codes, scales, dtype),
+        DType::F16 => expand_by::<f16>(codes, scales, dtype),
+        DType::F32 => expand_by::<f32>(codes, scales, dtype),
+        _ => bail!("int8: the scales are not leased, or of another dtype"),
+    }
+}
+
+fn expand_by<S: CudaDType + DeviceRepr>(
+    codes: (&CudaStorage, &Layout),
+    scales: (&CudaStorage, &Layout),
+    dtype: DType,
+) -> Result<(CudaStorage, Shape)> {
+    match dtype {
+        DType::BF16 => expand_to::<S, bf16>(codes, scales, dtype),
+        DType::F16 => expand_to::<S, f16>(codes, scales, dtype),
+        DType::F32 => expand_to::<S, f32>(codes, scales, dtype),
+        other => bail!("int8: weights are not expanded to {other:?}"),
+    }
+}
+
+fn expand_to<S: CudaDType + DeviceRepr, T: CudaDType + DeviceRepr>(
+    (codes, lc): (&CudaStorage, &Layout),
+    (scales, ls): (&CudaStorage, &Layout),
+    dtype: DType,
+) -> Result<(CudaStorage, Shape)> {
+    let (outputs, inputs) = lc.shape().dims2()?;
+    let dev = codes.device();
+    let name = format!("expand_{}_{}", short(scales.dtype())?, short(dtype)?);
+    let (codes, scales) = (view::<u8>(codes, lc)?, view::<S>(scales, ls)?);
+    if scales.len() != outputs {
+        bail!("int8: {} scales for {outputs} outputs", scales.len());
+    }
+    let total = outputs * inputs;
+    // SAFETY: `T` is plain numbers, and the kernel below writes all `total` of them.
+    let mut out = unsafe { dev.alloc::<T>(total)? };
+    if total > 0 {
+        let kernel = function(dev, &name)?;
+        let grid_dim = (blocks((total as u64).div_ceil(16)), 1, 1);
+        let config = LaunchConfig { grid_dim, block_dim: (BLOCK, 1, 1), shared_mem_bytes: 0 };
+        let (total, inputs) = (total as u64, inputs as u64);
+        let stream = dev.cuda_stream();
+        let mut launch = stream.launch_builder(&kernel);
+        launch.arg(&codes).arg(&scales).arg(&mut out).arg(&total).arg(&inputs);
+        // SAFETY: the arguments are those of the kernel of this name; `codes` and `out` have `total`
+        // elements and `scales` one for each of `total / inputs` rows, all on this stream's device.
+        unsafe { launch.launch(config) }.w()?;
+    }
+    Ok((CudaStorage::wrap_cuda_slice(out, dev.clone()), Shape::from((outputs, inputs))))
+}
+
+/// `y + bias` in place: `y` `[rows, outputs]`, `bias` `[outputs]`, both of one dtype.
+pub(crate) struct AddBias;
+
+impl InplaceOp2 for AddBias {
+    fn name(&self) -> &'static str {
+        "add bias"
+    }
+
+    fn cpu_fwd(&self, _: &mut CpuStorage, _: &Layout, _: &CpuStorage, _: &Layout) -> Result<()> {
+        bail!("a bias is added within the product on the CPU")
+    }
+
+    fn cuda_fwd(
+        &self,
+        y: &mut CudaStorage,
+        ly: &Layout,
+        bias: &CudaStorage,
+        lb: &Layout,
+    ) -> Result<()> {
+        match y.dtype() {
+            DType::BF16 => add_bias::<bf16>((y, ly), (bias, lb)),
+            DType::F16 => add_bias::<f16>((y, ly), (bias, lb)),
+            DType::F32 => add_bias::<f32>((y, ly), (bias, lb)),
+            other => bail!("linear: no bias is added to {other:?}"),
+        }
+    }
+}
+
+fn add_bias<T: CudaDType + DeviceRepr>(
+    (y, ly): (&mut CudaStorage, &Layout),
+    (bias, lb): (&CudaStorage, &Layout),
+) -> Result<()> {
+    let (rows, outputs) = ly.shape().dims2()?;
+    let dev = y.device().clone();
+    let name = format!("add_bias_{}", short(y.dtype())?);
+    let bias = view::<T>(bias, lb)?;
+    if bias.len() != outputs {
+        bail!("linear: {} biases for {outputs} outputs", bias.len());
+    }
+    let all = y.as_cuda_slice_mut::<T>()?;
+    let range = ly.contiguous_offsets().filter(|&(_, to)| to <= all.len());
+    let Some(mut y) = range.and_then(|(from, to)| all.try_slice_mut(from..to)) else {
+        bail!("linear: the output is not contiguous");
+    };
+    if rows == 0 || outputs == 0 {
+        return Ok(());
+    }
+    let kernel = function(&dev, &name)?;
+    let (rows, outputs) = (rows as u64, outputs as u64);
+    let per_thread = 16 / size_of::<T>() as u64;
+    let vectors = if outputs % per_thread == 0 { outputs / per_thread } else { outputs };
+    let grid_dim = (blocks(vectors), rows.min(GRID_Y) as u32, 1);
+    let config = LaunchConfig { grid_dim, block_dim: (BLOCK, 1, 1), shared_mem_bytes: 0 };
+    let stream = dev.cuda_stream();
+    let mut launch = stream.launch_builder(&kernel);
+    launch.arg(&mut y).arg(&bias).arg(&rows).arg(&outputs);
+    // SAFETY: the arguments are those of the kernel of this name; `y` has `rows · outputs` elements and
+    // `bias` has `outputs`, both on this stream's device, and `y` is borrowed mutably.
+    unsafe { launch.launch(config) }.w()?;
+    Ok(())
+}

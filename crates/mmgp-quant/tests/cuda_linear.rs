@@ -1,0 +1,265 @@
+//! Linear layers on a CUDA device agree with the CPU: the expansion of int8 weights bit for bit, products
+//! within the rounding of the compute dtype. These tests fail where no CUDA device can be opened.
+#![cfg(feature = "cuda")]
+#![allow(clippy::unwrap_used)] // helpers of tests may panic
+
+use candle_core::{
+    CpuStorage, CudaStorage, D, DType, Device, InplaceOp1, Layout, Tensor, backend::BackendDevice,
+};
+use mmgp_quant::{
+    Band, Bias, Form, Linear, MemorySource, Part, Source, Stored, Weights, add_low_rank,
+};
+
+const DTYPES: [DType; 3] = [DType::BF16, DType::F16, DType::F32];
+
+/// `(rows of the input, outputs, inputs)`: widths that are no multiple of 16, single rows and outputs.
+const SHAPES: [(usize, usize, usize); 8] = [
+    (1, 1, 1),
+    (1, 1, 37),
+    (3, 5, 7),
+    (2, 24, 16),
+    (17, 33, 129),
+    (300, 64, 96),
+    (64, 257, 1000),
+    (299, 40, 515),
+];
+
+type Any = Box<dyn std::error::Error>;
+
+fn gpu() -> Device {
+    Device::new_cuda(0).expect("these tests need a CUDA device")
+}
+
+/// The tolerance that products are held to, relative to the largest value of the result: half the
+/// spacing of the dtype's numbers, with room for the weight and the input being rounded too.
+fn tolerance(dtype: DType) -> f64 {
+    match dtype {
+        DType::BF16 => 1e-2,
+        DType::F16 => 2e-3,
+        _ => 1e-4,
+    }
+}
+
+/// A memory source with another compute dtype.
+struct In {
+    source: MemorySource,
+    dtype: DType,
+}
+
+impl Source for In {
+    fn stored(&self, name: &str) -> Option<Stored> {
+        self.source.stored(name)
+    }
+
+    fn tensor(&self, parts: &[Part], form: Form) -> mmgp_quant::Result<Tensor> {
+        match form {
+            Form::Compute => Ok(self.source.tensor(parts, Form::AsStored)?.to_dtype(self.dtype)?),
+            form => self.source.tensor(parts, form),
+        }
+    }
+
+    fn device(&self) -> &Device {
+        self.source.device()
+    }
+
+    fn compute_dtype(&self) -> DType {
+        self.dtype
+    }
+
+    fn origin(&self) -> String {
+        self.source.origin()
+    }
+}
+
+fn rand(shape: &[usize], dtype: DType) -> Tensor {
+    Tensor::randn(0f32, 1., shape, &Device::Cpu).unwrap().to_dtype(dtype).unwrap()
+}
+
+fn codes(outputs: usize, inputs: usize) -> Tensor {
+    let bytes = (0..outputs * inputs).map(|i| ((i as u32).wrapping_mul(2_654_435_761) >> 24) as u8);
+    Tensor::from_vec(bytes.collect(), (outputs, inputs), &Device::Cpu).unwrap()
+}
+
+/// Positive scales near 1/127.
+fn scales(outputs: usize, dtype: DType) -> Tensor {
+    let scales = (rand(&[outputs, 1], DType::F32).abs().unwrap() + 0.1).unwrap();
+    (scales / 127.).unwrap().to_dtype(dtype).unwrap()
+}
+
+fn layer(
+    tensors: &[(&str, &Tensor)],
+    (outputs, inputs): (usize, usize),
+    bias: Bias,
+    dtype: DType,
+    dev: &Device,
+) -> Result<Linear, Any> {
+    let mut source = MemorySource::new(dev);
+    for (name, tensor) in tensors {
+        source = source.with(*name, tensor.to_device(dev)?);
+    }
+    Ok(Weights::new(In { source, dtype }).linear(inputs, outputs, bias)?)
+}
+
+fn bits(t: &Tensor) -> Vec<u32> {
+    let t = t.to_device(&Device::Cpu).unwrap().to_dtype(DType::F32).unwrap();
+    t.flatten_all().unwrap().to_vec1::<f32>().unwrap().iter().map(|v| v.to_bits()).collect()
+}
+
+fn assert_close(got: &Tensor, expected: &Tensor, dtype: DType, what: &str) {
+    let wide = |t: &Tensor| t.to_device(&Device::Cpu).unwrap().to_dtype(DType::F64).unwrap();
+    let (got, expected) = (wide(got), wide(expected));
+    assert_eq!(got.dims(), expected.dims(), "{what}");
+    let largest = |t: Tensor| t.abs().unwrap().max_all().unwrap().to_scalar::<f64>().unwrap();
+    let far = largest((&got - &expected).unwrap()) / largest(expected).max(1e-30);
+    assert!(far < tolerance(dtype), "{what}: off by {far:e}");
+}
+
+/// `x Wᵀ + b` in f64 of the values as they are given.
+fn reference(x: &Tensor, w: &Tensor, bias: &Tensor) -> Tensor {
+    let wide = |t: &Tensor| t.to_dtype(DType::F64).unwrap();
+    wide(x).matmul(&wide(w).t().unwrap()).unwrap().broadcast_add(&wide(bias)).unwrap()
+}
+
+#[test]
+fn cuda_expansion_equals_the_cpu_bit_for_bit() -> Result<(), Any> {
+    let dev = gpu();
+    for (_, outputs, inputs) in SHAPES {
+        for scale_dtype in DTYPES {
+            let (codes, scales) = (codes(outputs, inputs), scales(outputs, scale_dtype));
+            let tensors = [("weight._data", &codes), ("weight._scale", &scales)];
+            let open = |dev| layer(&tensors, (outputs, inputs), Bias::No, DType::F32, dev);
+            let (cpu, cuda) = (open(&Device::Cpu)?.decode()?, open(&dev)?.decode()?);
+            assert_eq!((cuda.dtype(), cuda.dims()), (scale_dtype, cpu.dims()));
+            assert_eq!(bits(&cuda), bits(&cpu), "[{outputs}, {inputs}] {scale_dtype:?}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn cuda_products_are_close_to_f64() -> Result<(), Any> {
+    let dev = gpu();
+    for (rows, outputs, inputs) in SHAPES {
+        for dtype in DTYPES {
+            // Rounded once, so that the reference sees the values that the layers see.
+            let (x, bias) = (rand(&[rows, inputs], dtype), rand(&[outputs], dtype));
+            let on_gpu = x.to_device(&dev)?;
+            let dims = (outputs, inputs);
+            let what = format!("{rows} rows, [{outputs}, {inputs}] {dtype:?}");
+
+            let weight = rand(&[outputs, inputs], dtype);
+            let dense = [("weight", &weight), ("bias", &bias)];
+            let y = layer(&dense, dims, Bias::Yes, dtype, &dev)?.forward(&on_gpu)?;
+            assert_eq!(y.dtype(), dtype);
+            assert_close(&y, &reference(&x, &weight, &bias), dtype, &format!("dense, {what}"));
+
+            for scale_dtype in DTYPES {
+                let (codes, scales) = (codes(outputs, inputs), scales(outputs, scale_dtype));
+                let signed = codes.to_dtype(DType::F64)?;
+                let signed = (&signed - (signed.ge(128.)?.to_dtype(DType::F64)? * 256.)?)?;
+                let weight = signed.broadcast_mul(&scales.to_dtype(DType::F64)?)?;
+                let tensors =
+                    [("weight._data", &codes), ("weight._scale", &scales), ("bias", &bias)];
+                let y = layer(&tensors, dims, Bias::Yes, dtype, &dev)?.forward(&on_gpu)?;
+                let what = format!("int8 by {scale_dtype:?}, {what}");
+                assert_eq!(y.dtype(), dtype);
+                assert_close(&y, &reference(&x, &weight, &bias), dtype, &what);
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn cuda_bias_equals_a_broadcast_addition() -> Result<(), Any> {
+    let dev = gpu();
+    for (rows, outputs, inputs) in SHAPES.into_iter().chain([(70_000, 8, 3), (70_000, 3, 1)]) {
+        for dtype in DTYPES {
+            let x = rand(&[rows, inputs], dtype).to_device(&dev)?;
+            let (weight, bias) = (rand(&[outputs, inputs], dtype), rand(&[outputs], dtype));
+            let tensors = [("weight", &weight), ("bias", &bias)];
+            let open = |bias| layer(&tensors, (outputs, inputs), bias, dtype, &dev);
+            let with = open(Bias::Yes)?.forward(&x)?;
+            let without = open(Bias::No)?.forward(&x)?;
+            let expected = without.broadcast_add(&bias.to_device(&dev)?)?;
+            assert_eq!(bits(&with), bits(&expected), "{rows} rows of {outputs}, {dtype:?}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn cuda_low_rank_takes_adapters_as_they_are_stored() -> Result<(), Any> {
+    let dev = gpu();
+    let scales = [0.5f32, 2., -1., 0.25, 1., 3.];
+    for dtype in [DType::BF16, DType::F32] {
+        for stored in DTYPES {
+            let (x, y) = (rand(&[33, 13], dtype), rand(&[33, 21], dtype));
+            let (a, b0, b1) =
+                (rand(&[6, 13], stored), rand(&[5, 2], stored), rand(&[6, 4], stored));
+            // The CPU takes f32 input and any form of adapters.
+            let wide = |t: &Tensor| t.to_dtype(DType::F32);
+            let bands = [Band { row: 3, b: &b0 }, Band { row: 8, b: &b1 }];
+            let expected = add_low_rank(&wide(&x)?, wide(&y)?.copy()?, &a, &scales, &bands)?;
+            let (b0, b1) = (b0.to_device(&dev)?, b1.to_device(&dev)?);
+            let bands = [Band { row: 3, b: &b0 }, Band { row: 8, b: &b1 }];
+            let (x, y, a) = (x.to_device(&dev)?, y.to_device(&dev)?, a.to_device(&dev)?);
+            let got = add_low_rank(&x, y, &a, &scales, &bands)?;
+            assert_eq!(got.dtype(), dtype);
+            // Here the intermediate product is rounded too.
+            assert_close(&got, &expected, dtype, &format!("{dtype:?}, stored as {stored:?}"));
+        }
+    }
+    Ok(())
+}
+
+/// Leaves what a weight without a lease has: a tiny storage of another dtype.
+struct Unbind;
+
+impl InplaceOp1 for Unbind {
+    fn name(&self) -> &'static str {
+        "unbind"
+    }
+
+    fn cpu_fwd(&self, _: &mut CpuStorage, _: &Layout) -> candle_core::Result<()> {
+        candle_core::bail!("only for CUDA")
+    }
+
+    fn cuda_fwd(&self, storage: &mut CudaStorage, _: &Layout) -> candle_core::Result<()> {
+        *storage = storage.device.zeros_impl(&1.into(), DType::U32)?;
+        Ok(())
+    }
+}
+
+#[test]
+fn cuda_weights_without_a_lease_are_errors() -> Result<(), Any> {
+    let dev = gpu();
+    let dtype = DType::BF16;
+    let on_gpu = |t: Tensor| t.to_device(&dev);
+    let x = on_gpu(rand(&[2, 7], dtype))?;
+    for unbound in ["weight", "weight._data", "weight._scale", "bias"] {
+        let mut tensors = vec![("bias", on_gpu(rand(&[5], dtype))?)];
+        if unbound == "weight" {
+            tensors.push(("weight", on_gpu(rand(&[5, 7], dtype))?));
+        } else {
+            tensors.push(("weight._data", on_gpu(codes(5, 7))?));
+            tensors.push(("weight._scale", on_gpu(scales(5, dtype))?));
+        }
+        let borrowed: Vec<(&str, &Tensor)> = tensors.iter().map(|(n, t)| (*n, t)).collect();
+        // A tensor that is on the device already, in the right dtype, is shared and not copied.
+        let layer = layer(&borrowed, (5, 7), Bias::Yes, dtype, &dev)?;
+        assert_eq!(layer.forward(&x)?.dim(D::Minus1)?, 5);
+        let (_, tensor) = tensors.iter().find(|(name, _)| *name == unbound).ok_or(unbound)?;
+        tensor.inplace_op1(&Unbind)?;
+        assert!(layer.forward(&x).is_err(), "{unbound}");
+    }
+    for stored in [dtype, DType::F32] {
+        let (a, b) = (on_gpu(rand(&[2, 7], stored))?, on_gpu(rand(&[5, 2], stored))?);
+        a.inplace_op1(&Unbind)?;
+        let y = on_gpu(rand(&[2, 5], dtype))?;
+        assert!(add_low_rank(&x, y, &a, &[1., 1.], &[Band { row: 0, b: &b }]).is_err());
+    }
+    // The device still works: nothing was read out of bounds.
+    on_gpu(rand(&[2, 7], dtype))?.sum_all()?.to_dtype(DType::F32)?.to_scalar::<f32>()?;
+    Ok(())
+}
