@@ -5,7 +5,7 @@
 
 use std::{path::Path, sync::Arc};
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use mmgp_io::Checkpoint;
 use mmgp_residency::Pager;
 
@@ -308,13 +308,14 @@ impl Pipeline for FluxPipeline {
             width: request.width,
             height: request.height,
             rgb: pixels(&decoded)?,
-            latents: x.flatten_all()?.to_vec1()?,
+            latents: x.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?,
         })
     }
 }
 
 /// A decoded picture `[1, 3, height, width]`, about -1..1, to rows of RGB bytes.
 fn pixels(decoded: &Tensor) -> Result<Vec<u8>> {
+    let decoded = decoded.to_dtype(DType::F32)?.to_device(&Device::Cpu)?;
     let planes = decoded.squeeze(0)?.flatten_from(1)?.to_vec2::<f32>()?;
     let byte = |v: f32| ((v / 2. + 0.5).clamp(0., 1.) * 255.).round_ties_even() as u8;
     let at = |i: usize| planes.iter().map(move |plane| byte(plane[i]));

@@ -3,7 +3,7 @@
 //! The stem embeds tokens, timestep, guidance and pooled text and projects the result; everything
 //! between is blocks, leased one after another.
 
-use candle_core::{Result as CandleResult, Tensor};
+use candle_core::{DType, Result as CandleResult, Tensor};
 use mmgp_quant::{Bias, Linear, Weights};
 use mmgp_residency::{ModelBuilder, Paged, Pager};
 
@@ -177,6 +177,7 @@ struct Stem {
     norm_out: Linear,
     proj_out: Linear,
     hidden: usize,
+    compute: DType,
 }
 
 impl Stem {
@@ -200,20 +201,25 @@ impl Stem {
             norm_out: linear("norm_out.linear", hidden, 2 * hidden)?,
             proj_out: linear("proj_out", hidden, config.out_channels())?,
             hidden,
+            compute: weights.compute_dtype(),
         })
     }
 
     /// Picture tokens, text tokens, and SiLU of the vector that conditions all blocks.
     fn embed(&self, inputs: &FluxInputs<'_>) -> CandleResult<(Tensor, Tensor, Tensor)> {
-        let sinusoids = |t: &Tensor| timestep_embedding(&(t * 1000.)?, SINUSOIDS);
+        let sinusoids = |t: &Tensor| {
+            let t = (t.to_dtype(DType::F32)? * 1000.)?;
+            timestep_embedding(&t, SINUSOIDS)?.to_dtype(self.compute)
+        };
         let mut vector = self.timestep.forward(&sinusoids(inputs.timestep)?)?;
         if let (Some(mlp), Some(guidance)) = (&self.guidance, inputs.guidance) {
             vector = (vector + mlp.forward(&sinusoids(guidance)?)?)?;
         }
-        let vector = (vector + self.text.forward(inputs.pooled_projections)?)?;
+        let vector =
+            (vector + self.text.forward(&inputs.pooled_projections.to_dtype(self.compute)?)?)?;
         Ok((
-            self.x_embedder.forward(inputs.hidden_states)?,
-            self.context_embedder.forward(inputs.encoder_hidden_states)?,
+            self.x_embedder.forward(&inputs.hidden_states.to_dtype(self.compute)?)?,
+            self.context_embedder.forward(&inputs.encoder_hidden_states.to_dtype(self.compute)?)?,
             Activation::Silu.apply(&vector)?,
         ))
     }
@@ -223,6 +229,7 @@ impl Stem {
         // Here the scale comes first, unlike in the blocks.
         let scale = modulation.narrow(1, 0, self.hidden)?;
         let shift = modulation.narrow(1, self.hidden, self.hidden)?;
-        self.proj_out.forward(&layer_norm_modulated(image, &scale, &shift, EPS)?)
+        let y = layer_norm_modulated(image, &scale, &shift, EPS)?;
+        self.proj_out.forward(&y)?.to_dtype(DType::F32)
     }
 }

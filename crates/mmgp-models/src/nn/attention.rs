@@ -47,6 +47,7 @@ pub fn attention(
     let v = v.contiguous()?.reshape((planes, keys, e))?;
     let out = Tensor::zeros((batch, queries, heads * e), q.dtype(), q.device())?;
     let rows = chunk_rows(planes, queries, keys);
+    let biases = biases.iter().map(|b| b.to_dtype(q.dtype())).collect::<Result<Vec<_>>>()?;
     for from in (0..queries).step_by(rows) {
         let rows = rows.min(queries - from);
         let scores = q.narrow(1, from, rows)?.contiguous()?.matmul(&k)?;
@@ -54,9 +55,9 @@ pub fn attention(
             scaled_softmax(scores, scale)?
         } else {
             let mut scores = (scores * scale)?.reshape((batch, heads, rows, keys))?;
-            for bias in biases {
+            for bias in &biases {
                 let own = bias.dim(2)? != 1;
-                let bias = if own { bias.narrow(2, from, rows)? } else { (*bias).clone() };
+                let bias = if own { bias.narrow(2, from, rows)? } else { bias.clone() };
                 scores = scores.broadcast_add(&bias)?;
             }
             scaled_softmax(scores.reshape((planes, rows, keys))?, 1.)?

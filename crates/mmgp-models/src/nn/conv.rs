@@ -13,6 +13,9 @@ use crate::nn::cpu;
 /// Gathered values that are held at once: 16 MiB in f32.
 const COLUMNS: usize = 4 << 20;
 
+/// Gathered values that are held at once on other devices: 128 MiB in bf16.
+const STRIP: usize = 64 << 20;
+
 /// How a kernel moves over its input.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Window {
@@ -91,7 +94,7 @@ impl Conv2d {
             candle_core::bail!("conv2d: {:?} given to {:?}", x.dims(), self.weight.dims());
         }
         if !x.device().is_cpu() || x.dtype() != DType::F32 {
-            return self.composed(x);
+            return self.composed(x, (out_h, out_w), STRIP);
         }
         let x = x.contiguous()?;
         let taps = inputs * window.kernel * window.kernel;
@@ -126,16 +129,54 @@ impl Conv2d {
         cpu::tensor(out, (batch, outputs, out_h, out_w))
     }
 
-    fn composed(&self, x: &Tensor) -> Result<Tensor> {
-        let Window { stride, before, after, repeat, .. } = self.window;
-        let (_, _, height, width) = x.dims4()?;
-        let x = match repeat {
-            1 => x.contiguous()?,
-            n => x.contiguous()?.upsample_nearest2d(height * n, width * n)?,
-        };
-        let x = x.pad_with_zeros(2, before, after)?.pad_with_zeros(3, before, after)?;
-        let y = x.contiguous()?.conv2d(&self.weight, 0, stride, 1, 1)?;
-        y.broadcast_add(&self.bias.reshape((1, (), 1, 1))?)
+    /// A strip of output rows at a time, of which the gathered columns have at most `limit` values
+    /// if a row has not more: strips read the rows that they need, and see zeros only where the
+    /// picture ends, so that no seam shows.
+    fn composed(&self, x: &Tensor, (out_h, out_w): (usize, usize), limit: usize) -> Result<Tensor> {
+        let Window { kernel, stride, before, after, repeat } = self.window;
+        let (batch, inputs, height, width) = x.dims4()?;
+        let outputs = self.weight.dim(0)?;
+        let bias = self.bias.reshape((1, (), 1, 1))?;
+        let tall = height * repeat;
+        let row = batch.saturating_mul(inputs * kernel * kernel).saturating_mul(out_w);
+        let strip = (limit / row.max(1)).clamp(1, out_h);
+        let out = Tensor::zeros((batch, outputs, out_h, out_w), x.dtype(), x.device())?;
+        for from in (0..out_h).step_by(strip) {
+            let rows = strip.min(out_h - from);
+            // The rows that it sees, counted in the padded input.
+            let (first, last) = (from * stride, (from + rows - 1) * stride + kernel);
+            let above = before.saturating_sub(first);
+            let top = first.saturating_sub(before).min(tall - 1);
+            let bottom = last.saturating_sub(before).clamp(top + 1, tall);
+            let below = (last - first) - above - (bottom - top);
+            let (low, high) = (top / repeat, bottom.div_ceil(repeat));
+            let mut x = x.narrow(2, low, high - low)?.contiguous()?;
+            if repeat > 1 {
+                x = x.upsample_nearest2d((high - low) * repeat, width * repeat)?;
+                x = x.narrow(2, top - low * repeat, bottom - top)?;
+            }
+            let x = x.pad_with_zeros(2, above, below)?.pad_with_zeros(3, before, after)?;
+            let x = x.contiguous()?;
+            let y = match (kernel, stride) {
+                (1, 1) => self.product(&x)?,
+                _ => x.conv2d(&self.weight, 0, stride, 1, 1)?,
+            };
+            let y = y.broadcast_add(&bias)?;
+            if rows == out_h {
+                return Ok(y);
+            }
+            out.slice_set(&y.contiguous()?, 2, from)?;
+        }
+        Ok(out)
+    }
+
+    /// A 1 × 1 kernel over `[batch, inputs, rows, width]`, item by item.
+    fn product(&self, x: &Tensor) -> Result<Tensor> {
+        let (batch, inputs, rows, width) = x.dims4()?;
+        let weight = self.weight.reshape(((), inputs))?;
+        let item = |i: usize| weight.matmul(&x.get(i)?.reshape((inputs, rows * width))?);
+        let items = (0..batch).map(item).collect::<Result<Vec<_>>>()?;
+        Tensor::stack(&items, 0)?.reshape((batch, (), rows, width))
     }
 }
 
@@ -201,7 +242,14 @@ mod tests {
                     assert!(conv.forward(&x).is_err());
                     continue;
                 }
-                let (got, want) = (conv.forward(&x)?, conv.composed(&x)?);
+                let size = (window.output(h).unwrap_or(0), window.output(w).unwrap_or(0));
+                let (got, want) = (conv.forward(&x)?, conv.composed(&x, size, STRIP)?);
+                let row = 2 * 3 * window.kernel * window.kernel * size.1;
+                for rows in [1, 2, 3] {
+                    let strips = conv.composed(&x, size, rows * row)?;
+                    let worst = (strips - &want)?.abs()?.max_all()?.to_scalar::<f32>()?;
+                    assert!(worst < 1e-6, "{window:?} {h}x{w} in strips of {rows}: {worst}");
+                }
                 assert_eq!(got.dims(), want.dims(), "{window:?}");
                 let worst = (got - want)?.abs()?.max_all()?.to_scalar::<f32>()?;
                 assert!(worst < 1e-5, "{window:?} {h}x{w} {worst}");
@@ -220,8 +268,10 @@ mod tests {
             MemorySource::new(&dev).with("weight", rand(&[2, c, 3, 3])?).with("bias", rand(&[2])?);
         let conv = Conv2d::new(&Weights::new(source), c, 2, Window::SAME)?;
         let x = rand(&[1, c, h, w])?;
-        let worst =
-            (conv.forward(&x)? - conv.composed(&x)?)?.abs()?.max_all()?.to_scalar::<f32>()?;
+        let worst = (conv.forward(&x)? - conv.composed(&x, (h, w), STRIP)?)?
+            .abs()?
+            .max_all()?
+            .to_scalar::<f32>()?;
         assert!(worst < 1e-4, "{worst}"); // of values up to 50
         Ok(())
     }

@@ -3,15 +3,18 @@
 //! The pictures of a VAE are the largest tensors there are, so statistics, scale, shift and SiLU are
 //! taken while a group is at hand, and in the input's own memory where the caller allows it.
 
-use candle_core::{Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 use mmgp_quant::Weights;
 use rayon::prelude::*;
 
 use crate::nn::{
     activation::silu,
     cpu,
-    norms::{is_f32_cpu, plain_norm, sum},
+    norms::{is_f32_cpu, sum},
 };
+
+/// Values that are held in f32 at once on other devices, if a group is not larger: 32 MiB.
+const SPAN: usize = 8 << 20;
 
 /// GroupNorm ([Group Normalization](https://arxiv.org/abs/1803.08494)) over `[batch, channels, …]`.
 #[derive(Debug)]
@@ -72,7 +75,7 @@ impl GroupNorm {
         &self,
         x: Tensor,
         kernel: impl Fn(f32) -> f32 + Send + Sync,
-        then: impl FnOnce(Tensor) -> Result<Tensor>,
+        then: impl Fn(Tensor) -> Result<Tensor>,
     ) -> Result<Tensor> {
         let (batch, channels) = (x.dim(0)?, x.dim(1)?);
         let of_group = channels / self.groups;
@@ -80,11 +83,7 @@ impl GroupNorm {
             candle_core::bail!("group norm: {:?} for {:?}", x.dims(), self.weight.dims());
         }
         if !is_f32_cpu(&x) {
-            let y = x.reshape((batch * self.groups, ()))?;
-            let y = plain_norm(&y, self.eps)?.reshape((batch, channels, ()))?;
-            let y = y.broadcast_mul(&self.weight.reshape((1, channels, 1))?)?;
-            let y = y.broadcast_add(&self.bias.reshape((1, channels, 1))?)?;
-            return then(y.reshape(x.shape())?);
+            return self.composed(&x.contiguous()?, SPAN, then);
         }
         let x = x.contiguous()?;
         let plane = x.elem_count() / (batch * channels).max(1);
@@ -112,6 +111,48 @@ impl GroupNorm {
             })
         })?;
         Ok(x)
+    }
+}
+
+impl GroupNorm {
+    /// In the memory of `x`, contiguous, as many groups at a time as have `limit` values: statistics
+    /// are in f32, of which the whole picture is never held.
+    fn composed(
+        &self,
+        x: &Tensor,
+        limit: usize,
+        then: impl Fn(Tensor) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        let (batch, channels) = (x.dim(0)?, x.dim(1)?);
+        let of_group = channels / self.groups;
+        let plane = x.elem_count() / (batch * channels).max(1);
+        if plane == 0 || x.elem_count() == 0 {
+            return Ok(x.clone());
+        }
+        let line = x.dims().get(2..).and_then(<[usize]>::last).copied().unwrap_or(1);
+        let all = x.reshape((batch * self.groups, of_group, plane))?;
+        let per_channel = |t: &Tensor| t.to_dtype(DType::F32)?.reshape((self.groups, of_group, 1));
+        let (weight, bias) = (per_channel(&self.weight)?, per_channel(&self.bias)?);
+        let count = (limit / (of_group * plane)).clamp(1, self.groups);
+        for item in 0..batch {
+            for first in (0..self.groups).step_by(count) {
+                let count = count.min(self.groups - first);
+                let at = item * self.groups + first;
+                let y = all.narrow(0, at, count)?.to_dtype(DType::F32)?;
+                // Means of lines, then of those: short sums keep digits and run side by side.
+                let mean = |t: &Tensor| {
+                    let lines = t.reshape((count, of_group * plane / line, line))?.mean(2)?;
+                    lines.mean_keepdim(1)?.unsqueeze(2)
+                };
+                let y = y.broadcast_sub(&mean(&y)?)?;
+                let deviation = (mean(&y.sqr()?)? + self.eps)?.sqrt()?;
+                let scale = weight.narrow(0, first, count)?.broadcast_div(&deviation)?;
+                let y = y.broadcast_mul(&scale)?;
+                let y = then(y.broadcast_add(&bias.narrow(0, first, count)?)?)?;
+                all.slice_set(&y.to_dtype(x.dtype())?, 0, at)?;
+            }
+        }
+        Ok(x.clone())
     }
 }
 
@@ -145,6 +186,14 @@ mod tests {
             &ours.silu_in_place(x.transpose(2, 3)?.contiguous()?)?,
             &want.transpose(2, 3)?.silu()?,
         )?;
+        for limit in [1, 300, SPAN] {
+            near(&ours.composed(&x.copy()?, limit, Ok)?, &want)?;
+            near(&ours.composed(&x.copy()?, limit, |y| y.silu())?, &want.silu()?)?;
+        }
+        let half = ours.forward(&x.to_dtype(DType::BF16)?)?;
+        assert_eq!(half.dtype(), DType::BF16);
+        let error = (half.to_dtype(DType::F32)? - &want)?.abs()?.max_all()?.to_scalar::<f32>()?;
+        assert!(error < 0.08, "{error}"); // 2⁻⁸ of values up to 20
         let wrong = rand(&[2, 6, 5, 7])?;
         assert!(ours.forward(&wrong).is_err());
         assert!(GroupNorm::new(&weights, 5, 12, 1e-6).is_err());

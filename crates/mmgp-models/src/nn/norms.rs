@@ -34,7 +34,9 @@ impl LayerNorm {
     /// An input of another width; weights that are not leased.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         if !is_f32_cpu(x) {
-            return plain_norm(x, self.eps)?.broadcast_mul(&self.weight)?.broadcast_add(&self.bias);
+            let (weight, bias) = (up(&self.weight)?, up(&self.bias)?);
+            let y = plain_norm(&up(x)?, self.eps)?.broadcast_mul(&weight)?.broadcast_add(&bias)?;
+            return y.to_dtype(x.dtype());
         }
         let (weight, bias) = (&self.weight, &self.bias);
         cpu::read(weight, |w| {
@@ -66,7 +68,8 @@ impl RmsNorm {
     /// An input of another width; weights that are not leased.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         if !is_f32_cpu(x) {
-            return candle_nn::ops::rms_norm(&x.contiguous()?, &self.weight, self.eps as f32);
+            let (weight, eps) = (self.weight.to_dtype(x.dtype())?, self.eps as f32);
+            return candle_nn::ops::rms_norm(&x.contiguous()?, &weight, eps); // sums in f32
         }
         let width = x.dim(D::Minus1)?;
         let x = x.contiguous()?;
@@ -129,8 +132,9 @@ pub fn layer_norm_modulated(
         candle_core::bail!("modulate: {:?} by {:?}, {:?}", x.dims(), scale.dims(), shift.dims());
     }
     if !is_f32_cpu(x) {
-        let scale = (scale.unsqueeze(1)? + 1.)?;
-        return plain_norm(x, eps)?.broadcast_mul(&scale)?.broadcast_add(&shift.unsqueeze(1)?);
+        let (scale, shift) = ((up(scale)?.unsqueeze(1)? + 1.)?, up(shift)?.unsqueeze(1)?);
+        let y = plain_norm(&up(x)?, eps)?.broadcast_mul(&scale)?.broadcast_add(&shift)?;
+        return y.to_dtype(x.dtype());
     }
     let (scale, shift) = (scale.contiguous()?, shift.contiguous()?);
     cpu::read(&scale, |scale| {
@@ -193,6 +197,11 @@ pub(crate) fn plain_norm(x: &Tensor, eps: f64) -> Result<Tensor> {
     let x = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
     let variance = x.sqr()?.mean_keepdim(D::Minus1)?;
     x.broadcast_div(&(variance + eps)?.sqrt()?)
+}
+
+/// In f32, in which statistics are taken.
+fn up(x: &Tensor) -> Result<Tensor> {
+    x.to_dtype(DType::F32)
 }
 
 pub(crate) fn is_f32_cpu(x: &Tensor) -> bool {

@@ -67,7 +67,9 @@ impl Rope {
     /// # Errors
     /// Another number of tokens or width.
     pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
-        candle_nn::rotary_emb::rope_i(&x.contiguous()?, &self.cos, &self.sin)
+        // In f32 whatever the dtype of `x`: the tables would lose digits in bf16.
+        let turned = x.to_dtype(DType::F32)?.contiguous()?;
+        candle_nn::rotary_emb::rope_i(&turned, &self.cos, &self.sin)?.to_dtype(x.dtype())
     }
 
     /// `(cos, sin)`, each `[tokens, d / 2]` row by row.

@@ -4,7 +4,7 @@
 
 use std::path::{Path, PathBuf};
 
-use candle_core::{Result as CandleResult, Tensor};
+use candle_core::{DType, Result as CandleResult, Tensor};
 use mmgp_quant::{Bias, Linear, Weights};
 use mmgp_residency::{ModelBuilder, Paged};
 use serde::Deserialize;
@@ -170,6 +170,7 @@ impl ClipText {
                 )?),
                 Projection::No => None,
             },
+            compute: root.compute_dtype(),
         };
         builder.ignore(&format!("{prefix}embeddings.position_ids"));
         for other in ["vision_model.", "visual_projection.", "text_projection.", "logit_scale"] {
@@ -215,7 +216,11 @@ impl ClipText {
             };
             Ok((last, pooled))
         })?;
-        Ok(ClipOutput { last_hidden_state: last, penultimate_hidden_state: penultimate, pooled })
+        Ok(ClipOutput {
+            last_hidden_state: last.to_dtype(DType::F32)?,
+            penultimate_hidden_state: penultimate.to_dtype(DType::F32)?,
+            pooled: pooled.to_dtype(DType::F32)?,
+        })
     }
 
     /// Stored tensors that the encoder does not use.
@@ -250,12 +255,14 @@ struct Stem {
     positions: Tensor,
     norm: LayerNorm,
     projection: Option<Linear>,
+    compute: DType,
 }
 
 impl Stem {
     fn embed(&self, ids: &Tensor) -> CandleResult<Tensor> {
         let positions = Tensor::arange(0, ids.dim(1)? as u32, ids.device())?.unsqueeze(0)?;
-        embed(&self.tokens, ids)?.broadcast_add(&embed(&self.positions, &positions)?)
+        let tokens = embed(&self.tokens, ids, self.compute)?;
+        tokens.broadcast_add(&embed(&self.positions, &positions, self.compute)?)
     }
 }
 

@@ -7,23 +7,22 @@ pub mod clip;
 pub mod t5;
 pub mod tokenizer;
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
 use crate::{Error, Result};
 
 /// Token ids `[batch, tokens]` as u32, whatever integers they came as.
 pub(crate) fn ids(ids: &Tensor) -> Result<Tensor> {
     match ids.rank() {
-        2 => Ok(ids.to_dtype(candle_core::DType::U32)?.contiguous()?),
+        2 => Ok(ids.to_dtype(DType::U32)?.contiguous()?),
         _ => Err(Error::Input(format!("token ids are [batch, tokens], not {:?}", ids.dims()))),
     }
 }
 
-/// The rows of an embedding table for ids `[batch, tokens]`, in the compute dtype:
+/// The rows of an embedding table for ids `[batch, tokens]`, in the dtype `compute`:
 /// `[batch, tokens, width]`. The table stays as it is stored.
-pub(crate) fn embed(table: &Tensor, ids: &Tensor) -> candle_core::Result<Tensor> {
+pub(crate) fn embed(table: &Tensor, ids: &Tensor, compute: DType) -> candle_core::Result<Tensor> {
     let (batch, tokens) = ids.dims2()?;
     let rows = table.index_select(&ids.flatten_all()?, 0)?;
-    let dtype = if table.device().is_cpu() { candle_core::DType::F32 } else { table.dtype() };
-    rows.to_dtype(dtype)?.reshape((batch, tokens, ()))
+    rows.to_dtype(compute)?.reshape((batch, tokens, ()))
 }

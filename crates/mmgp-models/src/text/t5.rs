@@ -5,7 +5,7 @@
 
 use std::path::{Path, PathBuf};
 
-use candle_core::{Device, Result as CandleResult, Tensor};
+use candle_core::{DType, Device, Result as CandleResult, Tensor};
 use mmgp_quant::{Bias, Linear, Weights};
 use mmgp_residency::{ModelBuilder, Paged};
 use serde::Deserialize;
@@ -145,6 +145,7 @@ impl T5Encoder {
                 config.d_model,
                 config.layer_norm_epsilon,
             )?,
+            compute: weights.compute_dtype(),
         };
         // Both names hold the same table; a whole T5 has more that an encoder does not need.
         for other in ["shared.", "encoder.embed_tokens.", "decoder.", "lm_head."] {
@@ -167,7 +168,7 @@ impl T5Encoder {
         let (batch, tokens) = ids.dims2()?;
         let mask = match mask {
             Some(mask) if mask.dims() == [batch, tokens] => {
-                let keep = mask.to_dtype(candle_core::DType::F32)?;
+                let keep = mask.to_dtype(DType::F32)?;
                 Some(keep.affine(-MASKED, MASKED)?.reshape((batch, 1, 1, tokens))?)
             }
             Some(mask) => {
@@ -178,13 +179,14 @@ impl T5Encoder {
         };
         let buckets = self.buckets(tokens, ids.device())?;
         let pass = self.model.pass()?;
-        let (mut x, bias) =
-            pass.stem(|stem| Ok((embed(&stem.table, &ids)?, stem.bias(&buckets, tokens)?)))?;
+        let (mut x, bias) = pass.stem(|stem| {
+            Ok((embed(&stem.table, &ids, stem.compute)?, stem.bias(&buckets, tokens)?))
+        })?;
         let biases: Vec<&Tensor> = std::iter::once(&bias).chain(mask.as_ref()).collect();
         for visit in pass.blocks() {
             x = visit?.run(|block| block.forward(&x, &biases))?;
         }
-        Ok(pass.stem(|stem| stem.norm.forward(&x))?)
+        Ok(pass.stem(|stem| stem.norm.forward(&x)?.to_dtype(DType::F32))?)
     }
 
     /// Stored tensors that the encoder does not use.
@@ -227,6 +229,7 @@ struct Stem {
     table: Tensor,
     positions: Tensor,
     norm: RmsNorm,
+    compute: DType,
 }
 
 impl Stem {

@@ -6,7 +6,7 @@
 
 use std::path::{Path, PathBuf};
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use mmgp_residency::{ModelBuilder, Paged};
 use serde::Deserialize;
 
@@ -166,7 +166,8 @@ impl KlDecoder {
     /// # Errors
     /// Another number of channels; weights that cannot be read.
     pub fn decode(&self, latents: &Tensor) -> Result<Tensor> {
-        let latents = ((latents / self.config.scaling_factor)? + self.config.shift())?;
+        let latents =
+            ((latents.to_dtype(DType::F32)? / self.config.scaling_factor)? + self.config.shift())?;
         Ok(self.model.pass()?.stem(|decoder| decoder.forward(&latents))?)
     }
 

@@ -4,7 +4,7 @@
 //! A decode of a large picture is all temporaries, so each step drops what it no longer needs, norms
 //! carry their SiLU, and the doubling of a level is part of its convolution.
 
-use candle_core::{Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 use mmgp_quant::{Bias, Linear, Weights};
 
 use crate::{
@@ -25,6 +25,7 @@ pub struct Decoder {
     levels: Vec<Level>,
     norm_out: GroupNorm,
     conv_out: Conv2d,
+    compute: DType,
 }
 
 impl Decoder {
@@ -64,7 +65,8 @@ impl Decoder {
         let norm_out = GroupNorm::new(&weights.pp("conv_norm_out"), groups, last, EPS)?;
         let conv_out =
             Conv2d::new(&weights.pp("conv_out"), last, config.out_channels, Window::SAME)?;
-        Ok(Self { post_quant, conv_in, mid, levels, norm_out, conv_out })
+        let compute = root.compute_dtype();
+        Ok(Self { post_quant, conv_in, mid, levels, norm_out, conv_out, compute })
     }
 
     /// `[batch, latent_channels, h, w]` to `[batch, out_channels, h · scale, w · scale]`.
@@ -72,15 +74,16 @@ impl Decoder {
     /// # Errors
     /// Another number of channels; weights that are not leased.
     pub fn forward(&self, latents: &Tensor) -> Result<Tensor> {
+        let latents = latents.to_dtype(self.compute)?;
         let mut x = match &self.post_quant {
-            Some(conv) => self.conv_in.forward(&conv.forward(latents)?)?,
-            None => self.conv_in.forward(latents)?,
+            Some(conv) => self.conv_in.forward(&conv.forward(&latents)?)?,
+            None => self.conv_in.forward(&latents)?,
         };
         x = self.mid.forward(x)?;
         for level in &self.levels {
             x = level.forward(x)?;
         }
-        self.conv_out.forward(&self.norm_out.silu_in_place(x)?)
+        self.conv_out.forward(&self.norm_out.silu_in_place(x)?)?.to_dtype(DType::F32)
     }
 }
 
@@ -93,6 +96,7 @@ pub struct Encoder {
     norm_out: GroupNorm,
     conv_out: Conv2d,
     quant: Option<Conv2d>,
+    compute: DType,
 }
 
 impl Encoder {
@@ -124,7 +128,8 @@ impl Encoder {
             true => Some(Conv2d::new(&root.pp("quant_conv"), moments, moments, Window::POINT)?),
             false => None,
         };
-        Ok(Self { conv_in, levels, mid, norm_out, conv_out, quant })
+        let compute = root.compute_dtype();
+        Ok(Self { conv_in, levels, mid, norm_out, conv_out, quant, compute })
     }
 
     /// `[batch, in_channels, height, width]` to `[batch, 2 · latent_channels, h, w]`: means, then
@@ -133,15 +138,15 @@ impl Encoder {
     /// # Errors
     /// Another number of channels, a picture that is too small; weights that are not leased.
     pub fn forward(&self, pictures: &Tensor) -> Result<Tensor> {
-        let mut x = self.conv_in.forward(pictures)?;
+        let mut x = self.conv_in.forward(&pictures.to_dtype(self.compute)?)?;
         for level in &self.levels {
             x = level.forward(x)?;
         }
         x = self.mid.forward(x)?;
         let y = self.conv_out.forward(&self.norm_out.silu_in_place(x)?)?;
         match &self.quant {
-            Some(conv) => conv.forward(&y),
-            None => Ok(y),
+            Some(conv) => conv.forward(&y)?.to_dtype(DType::F32),
+            None => y.to_dtype(DType::F32),
         }
     }
 }
