@@ -36,7 +36,7 @@ const FETCHERS: usize = 2;
 pub struct Pager(Arc<Inner>);
 
 struct Inner {
-    device: Box<dyn Device>,
+    device: Arc<dyn Device>,
     state: Mutex<State>,
     /// Signalled when a fetch ends.
     changed: Condvar,
@@ -143,6 +143,18 @@ impl Pager {
     /// # Errors
     /// No worker threads to be had.
     pub fn over(device: impl Device + 'static) -> Result<Self> {
+        Self::share(Arc::new(device))
+    }
+
+    /// Another pager over the same device, with models and budgets of its own.
+    ///
+    /// # Errors
+    /// No worker threads to be had.
+    pub fn beside(&self) -> Result<Self> {
+        Self::share(self.0.device.clone())
+    }
+
+    fn share(device: Arc<dyn Device>) -> Result<Self> {
         let (jobs, inbox) = crossbeam_channel::unbounded::<Job>();
         for worker in 0..FETCHERS {
             let inbox = inbox.clone();
@@ -155,7 +167,7 @@ impl Pager {
                 })?;
         }
         Ok(Self(Arc::new(Inner {
-            device: Box::new(device),
+            device,
             state: Mutex::new(State {
                 models: Vec::new(),
                 budgets: Budget::Auto.into(),

@@ -37,12 +37,14 @@
 #![forbid(unsafe_code)]
 
 mod convert;
+mod device;
 mod error;
 mod offload;
 mod picture;
 mod store;
 
 pub use convert::Converted;
+pub use device::DeviceChoice;
 pub use error::{Error, Result};
 pub use mmgp_io::Overwrite;
 pub use mmgp_lora::{AdapterArg, Skipped, StepWeights, Unfit};

@@ -18,7 +18,7 @@ use mmgp_residency::{
     Budget, Budgets, Bytes, ModelBuilder, Paged, Pager, Plan, Report, check_pageable,
 };
 
-use crate::{Entry, Error, Result, Store};
+use crate::{DeviceChoice, Entry, Error, Result, Store};
 
 /// Models whose adapters a LoRA file may hold; the first is meant where a file names none.
 const ADAPTED: [&str; 3] = ["transformer", "text_encoder", "text_encoder_2"];
@@ -40,17 +40,17 @@ struct Stored {
 
 /// Collects what an [`Offload`] needs.
 pub struct OffloadBuilder {
-    device: Device,
+    device: DeviceChoice,
     settings: Settings,
     budgets: Budgets,
     store: Option<Stored>,
 }
 
 impl OffloadBuilder {
-    /// The device to run on; the CPU by default.
+    /// The device to run on; [`DeviceChoice::Auto`] by default.
     #[must_use]
-    pub fn device(mut self, device: &Device) -> Self {
-        self.device = device.clone();
+    pub fn device(mut self, device: DeviceChoice) -> Self {
+        self.device = device;
         self
     }
 
@@ -88,7 +88,7 @@ impl OffloadBuilder {
     /// # Errors
     /// A device that this build cannot page on.
     pub fn build(self) -> Result<Offload> {
-        let pager = Pager::new(&self.device)?;
+        let pager = self.device.pager()?;
         Ok(Offload {
             pager,
             settings: self.settings,
@@ -100,10 +100,15 @@ impl OffloadBuilder {
 }
 
 impl Offload {
-    /// Starts with the CPU and [`Budget::Auto`].
+    /// Starts with [`DeviceChoice::Auto`] and [`Budget::Auto`].
     pub fn builder() -> OffloadBuilder {
         let settings = Settings::default();
-        OffloadBuilder { device: Device::Cpu, settings, budgets: Budget::Auto.into(), store: None }
+        OffloadBuilder {
+            device: DeviceChoice::Auto,
+            settings,
+            budgets: Budget::Auto.into(),
+            store: None,
+        }
     }
 
     /// A pipeline held as one of the five presets says, in one line.
@@ -149,10 +154,15 @@ impl Offload {
         if options.quantize.is_empty() {
             return Ok(options);
         }
-        let making = Pager::new(self.pager.device().candle())?;
+        let making = Pager::new(&Device::Cpu)?;
         let pipeline = open_pipeline(dir, &making, &options)?;
         let sizes = making.plan(Budget::Min)?;
-        let recipe = format!("int8 but {:?}", options.exclude);
+        let mut recipe = format!("int8 but {:?}", options.exclude);
+        // Digests are of blocks as they lie in slots, where norms and biases have the compute dtype.
+        let compute = self.pager.device().compute_dtype();
+        if compute != DType::F32 {
+            recipe.push_str(&format!(", held in {compute:?}"));
+        }
         for part in pipeline.parts().iter().filter(|p| options.quantize.iter().any(|q| q == p.name))
         {
             let source = dir.join(part.name);
@@ -179,7 +189,7 @@ impl Offload {
                         file: path.clone(),
                         digests: Vec::new(),
                     };
-                    let reading = Pager::new(self.pager.device().candle())?;
+                    let reading = self.pager.beside()?;
                     let options =
                         OpenOptions { replaced: vec![replaced], ..OpenOptions::default() };
                     let _pipeline = open_pipeline(dir, &reading, &options)?;

@@ -45,6 +45,7 @@ pub struct FluxPipeline {
     vae: KlConfig,
     defaults: Defaults,
     device: Device,
+    compute: DType,
     options: OpenOptions,
     kept: Vec<Encoded>,
 }
@@ -134,6 +135,7 @@ impl FluxPipeline {
             config,
             vae,
             device: pager.device().candle().clone(),
+            compute: pager.device().compute_dtype(),
             options: options.clone(),
             kept: Vec::new(),
         })
@@ -257,10 +259,23 @@ impl Pipeline for FluxPipeline {
             patterns if patterns.is_empty() => String::new(),
             patterns => format!(" but {patterns}"),
         };
-        recipe.push(match models.as_str() {
-            "" => ("weights", "as stored, products in f32".to_string()),
-            models => ("weights", format!("int8 in {models}{except}, code times scale in f32")),
+        let products = match self.compute {
+            DType::F32 => "f32".to_string(),
+            half => format!("{half:?}").to_lowercase(),
+        };
+        recipe.push(match (models.as_str(), self.device.is_cpu()) {
+            ("", _) => ("weights", format!("as stored, products in {products}")),
+            (models, true) => {
+                ("weights", format!("int8 in {models}{except}, code times scale in f32"))
+            }
+            (models, false) => (
+                "weights",
+                format!("int8 in {models}{except}, expanded to {products} before each product"),
+            ),
         });
+        if !self.device.is_cpu() {
+            recipe.push(("device", "CUDA".to_string()));
+        }
         if self.config.guidance_embeds {
             recipe.push(("guidance", request.guidance.to_string()));
         }

@@ -45,7 +45,8 @@ pub(crate) struct Case {
 impl Case {
     pub(crate) fn open(dir: &Path) -> Result<Self, Error> {
         let about = mmgp_io::read_json(dir.join("case.json"))?;
-        let io = candle_core::safetensors::load(dir.join("io.safetensors"), &Device::Cpu)?;
+        let io =
+            candle_core::safetensors::load(dir.join("io.safetensors"), &crate::device::device())?;
         Ok(Self { dir: dir.into(), about, io, checked: RefCell::default() })
     }
 

@@ -53,7 +53,7 @@ pub(crate) fn model(
     let checkpoint = Arc::new(Checkpoint::open(case.dir.join("model.safetensors"))?);
     let mut first: Option<Outputs> = None;
     for budget in [Budget::Unlimited, Budget::Min] {
-        let pager = Pager::new(&Device::Cpu)?;
+        let pager = crate::device::pager()?;
         let forward = make(case, ModelBuilder::new(&pager, "model", checkpoint.clone()))?;
         let plan = pager.plan(budget)?;
         for _pass in 0..2 {
@@ -191,7 +191,7 @@ fn scheduler(case: &Case) -> Result<Outcome, Error> {
         })?)
     };
     let check = |name: &str, schedule: &Schedule| -> Result<(), Error> {
-        let dev = Device::Cpu;
+        let dev = crate::device::device();
         case.check(&format!("{name}.sigmas"), &Tensor::new(schedule.sigmas(), &dev)?)?;
         let timesteps = format!("{name}.timesteps");
         if case.has_output(&timesteps) {
@@ -236,7 +236,7 @@ fn pipeline(case: &Case) -> Result<Outcome, Error> {
     let steps = size("num_inference_steps")?;
     let mut first: Option<Vec<Tensor>> = None;
     for budget in [Budget::Unlimited, Budget::Min] {
-        let pager = Pager::new(&Device::Cpu)?;
+        let pager = crate::device::pager()?;
         let open = |part: &str| -> Result<(ModelBuilder, std::path::PathBuf), Error> {
             let dir = case.dir.join(part);
             let stems = ["diffusion_pytorch_model", "model"];
@@ -268,7 +268,7 @@ fn pipeline(case: &Case) -> Result<Outcome, Error> {
         let sigmas = linspace_sigmas(steps);
         let request = Request { sigmas: Some(&sigmas), mu: Some(mu), ..Request::default() };
         let schedule = scheduler.schedule(&request)?;
-        let dev = Device::Cpu;
+        let dev = crate::device::device();
         let img_ids = latents::image_ids(grid.0, grid.1, &dev)?;
         let txt_ids = latents::text_ids(prompt.dim(1)?, &dev)?;
         let guidance = Tensor::new(&[number("guidance_scale")? as f32], &dev)?;

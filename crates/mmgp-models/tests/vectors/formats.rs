@@ -34,7 +34,7 @@ pub(crate) fn run(case: &Case) -> Result<Outcome, Error> {
 
 /// Every layer decodes to the weight, and multiplies as the library that wrote it does.
 fn layers(case: &Case, checkpoint: &Arc<Checkpoint>) -> Result<Outcome, Error> {
-    let pager = Pager::new(&Device::Cpu)?;
+    let pager = crate::device::pager()?;
     let mut builder = ModelBuilder::new(&pager, "layers", checkpoint.clone());
     builder.round_int8();
     let outputs = case.outputs();
@@ -64,7 +64,7 @@ fn layers(case: &Case, checkpoint: &Arc<Checkpoint>) -> Result<Outcome, Error> {
 fn transformer(case: &Case, checkpoint: &Arc<Checkpoint>) -> Result<Outcome, Error> {
     for (output, rounded) in [("sample", true), ("sample_float32_weights", false)] {
         for budget in [Budget::Unlimited, Budget::Min] {
-            let pager = Pager::new(&Device::Cpu)?;
+            let pager = crate::device::pager()?;
             let mut builder = ModelBuilder::new(&pager, "transformer", checkpoint.clone());
             if rounded {
                 builder.round_int8();

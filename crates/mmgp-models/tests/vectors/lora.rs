@@ -25,7 +25,7 @@ pub(crate) fn run(case: &Case) -> Result<Outcome, Error> {
     let checkpoint = Arc::new(Checkpoint::open(base.dir.join("model.safetensors"))?);
     let mut first: Option<Vec<Outputs>> = None;
     for budget in [Budget::Unlimited, Budget::Min] {
-        let pager = Pager::new(&Device::Cpu)?;
+        let pager = crate::device::pager()?;
         let builder = ModelBuilder::new(&pager, "transformer", checkpoint.clone());
         let forward = flux(&base, builder)?;
         pager.plan(budget)?;

@@ -7,6 +7,7 @@
 
 mod case;
 mod classes;
+mod device;
 mod formats;
 mod lora;
 

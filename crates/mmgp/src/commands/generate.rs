@@ -9,8 +9,8 @@ use std::{
 use anyhow::{Context, bail};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use mmgp::{
-    AdapterArg, Budget, Event, Hardware, Names, Offload, Pipeline, Profile, Request, Settings,
-    Unfit, process_peak,
+    AdapterArg, Budget, DeviceChoice, Event, Hardware, Names, Offload, Pipeline, Profile, Request,
+    Settings, Unfit, process_peak,
 };
 
 use super::quantize::{Quantize, StoreArg};
@@ -60,6 +60,10 @@ pub(crate) struct Args {
     /// Tokens of the prompt that the long text encoder sees
     #[arg(long, value_name = "TOKENS")]
     max_sequence_length: Option<usize>,
+
+    /// Where to run: auto (a GPU if there is one), cpu, cuda or cuda:N
+    #[arg(long, default_value_t)]
+    device: DeviceChoice,
 
     /// Limit on all weights in memory at one moment: 6MB, 25%, min, unlimited or auto
     #[arg(long)]
@@ -127,7 +131,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     if args.verbose >= 2 {
         eprintln!("{}", settings.explain(&Hardware::detect()));
     }
-    let mut builder = Offload::builder().settings(settings);
+    let mut builder = Offload::builder().device(args.device).settings(settings);
     if let Some(store) = StoreArg::store(args.store.as_ref()) {
         builder = builder.store(store, |line| eprintln!("{line}"));
     }
