@@ -5,7 +5,7 @@
 
 use std::{collections::BTreeMap, path::Path, sync::Arc};
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 use mmgp_io::Checkpoint;
 use mmgp_models::{
     flux::{FluxConfig, FluxInputs, FluxTransformer, latents},

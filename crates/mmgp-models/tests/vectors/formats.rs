@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use candle_core::{DType, Device};
+use candle_core::DType;
 use mmgp_io::{Checkpoint, Dtype};
 use mmgp_quant::{Bias, Linear};
 use mmgp_residency::{Budget, ModelBuilder, Pager};

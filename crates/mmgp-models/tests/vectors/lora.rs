@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 
-use candle_core::Device;
 use mmgp_io::Checkpoint;
 use mmgp_lora::{Adapter, AdapterSet, StepWeights, Unfit};
 use mmgp_residency::{Budget, ModelBuilder, Pager};
