@@ -18,7 +18,7 @@ use mmgp_models::{
     },
     vae::kl::{KlConfig, KlDecoder, KlEncoder},
 };
-use mmgp_residency::{Budget, ModelBuilder, Pager};
+use mmgp_residency::{Budget, ModelBuilder};
 use serde_json::Value;
 
 use crate::{

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use candle_core::DType;
 use mmgp_io::{Checkpoint, Dtype};
 use mmgp_quant::{Bias, Linear};
-use mmgp_residency::{Budget, ModelBuilder, Pager};
+use mmgp_residency::{Budget, ModelBuilder};
 
 use crate::{
     Outcome,

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use mmgp_io::Checkpoint;
 use mmgp_lora::{Adapter, AdapterSet, StepWeights, Unfit};
-use mmgp_residency::{Budget, ModelBuilder, Pager};
+use mmgp_residency::{Budget, ModelBuilder};
 
 use crate::{
     Outcome,
