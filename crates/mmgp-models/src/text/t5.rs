@@ -17,8 +17,9 @@ use crate::{
     text::{embed, ids},
 };
 
-/// What a masked score is lowered by: the most negative f32, as transformers does.
-const MASKED: f64 = f32::MIN as f64;
+/// What a masked score is lowered by: as good as the most negative f32, which transformers takes, and a
+/// number in bf16 too.
+const MASKED: f64 = -3e38;
 
 /// `T5EncoderModel`; a key that is missing takes that class's default.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
