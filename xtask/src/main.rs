@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod bench;
+mod bundle;
 mod ci;
 mod memory;
 mod step;
@@ -27,6 +28,8 @@ enum Chore {
     Ci(ci::Args),
     /// The benches, and one table of ratios, written to target/bench/ratios.md
     Bench,
+    /// The command and the GPU tests in one archive, bundle/mmgp-cuda.tar.xz, for machines without Rust
+    Bundle(bundle::Args),
     /// A CUDA toolkit for machines without one, and the environment that names it.
     CudaToolkit(toolkit::Args),
     /// What runs under several budgets need, seen from outside the process.
@@ -43,6 +46,7 @@ fn main() -> anyhow::Result<()> {
     match Cli::parse().chore {
         Chore::Ci(args) => ci::run(&args),
         Chore::Bench => bench::run(),
+        Chore::Bundle(args) => bundle::run(&args),
         Chore::CudaToolkit(args) => toolkit::run(&args),
         Chore::Memory(args) => memory::run(&args),
         Chore::Synth { args } => synth(&args),

@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Runs what `cargo xtask bundle` packed, on a machine with a GPU and without Rust. Called from the root of a
+# checkout: vectors and the demo are read from there. Logs go to $OUT (default: out); the exit code is 1 if
+# anything failed. With names as arguments, only those tests run.
+set -uo pipefail
+
+here=$(cd "$(dirname "$0")" && pwd)
+out=${OUT:-out}
+mkdir -p "$out"
+
+# Programs look for assets where they were built.
+built=$(cat "$here/built-in")
+if [ ! -e "$built" ]; then
+    mkdir -p "$(dirname "$built")" && ln -s "$PWD" "$built"
+fi
+if [ -z "${CUDA_HOME:-}" ]; then
+    for home in /usr/local/cuda-13.0 /usr/local/cuda; do
+        [ -d "$home" ] && CUDA_HOME=$home && break
+    done
+fi
+lib=${CUDA_HOME:-/usr/local/cuda}
+export LD_LIBRARY_PATH="$lib/targets/x86_64-linux/lib:$lib/lib64:${LD_LIBRARY_PATH:-}"
+# Tests that run on any device run on the GPU.
+export MMGP_TEST_DEVICE=cuda RUST_BACKTRACE=0
+
+failed=0
+for test in "$here"/tests/*; do
+    name=$(basename "$test")
+    if [ $# -gt 0 ] && [[ " $* " != *" $name "* ]]; then
+        continue
+    fi
+    begun=$SECONDS
+    if timeout "${LIMIT:-240}" "$test" --test-threads=1 --nocapture >"$out/$name.log" 2>&1; then
+        echo "$name: ok, $((SECONDS - begun)) s"
+    else
+        echo "$name: FAILED ($?), $((SECONDS - begun)) s"
+        tail -n 40 "$out/$name.log"
+        failed=1
+    fi
+done
+exit $failed

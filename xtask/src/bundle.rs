@@ -1,0 +1,91 @@
+//! One archive for a GPU machine that has no Rust: the command, the tests that need a GPU, and a script
+//! that runs them. Vectors and the demo are read from the checkout that it is unpacked in.
+
+use std::{
+    fs,
+    io::{BufRead as _, BufReader},
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
+
+use anyhow::{Context as _, Result, ensure};
+use serde_json::Value;
+
+use crate::{
+    ci::CUDA_FEATURES,
+    step::{self, cargo, root},
+    toolkit,
+};
+
+/// What a GPU machine without a toolchain runs beside the tests whose names begin with `cuda`: tests
+/// that run on the device which their environment names.
+const ON_ANY_DEVICE: &[&str] = &["vectors"];
+
+/// The options of `bundle`.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Pack the demo and the vectors too, for a machine without a checkout
+    #[arg(long)]
+    with_data: bool,
+}
+
+/// Builds and packs `bundle/mmgp-cuda.tar.xz`.
+pub(crate) fn run(args: &Args) -> Result<()> {
+    let bundle = root().join("bundle");
+    let staged = bundle.join("mmgp-cuda");
+    if staged.exists() {
+        fs::remove_dir_all(&staged)?;
+    }
+    fs::create_dir_all(staged.join("tests"))?;
+    for (name, built, is_test) in build()? {
+        let to = if is_test { staged.join("tests") } else { staged.clone() }.join(name);
+        let mut strip = Command::new("strip");
+        step::run("strip", strip.arg("-o").arg(&to).arg(&built))?;
+    }
+    fs::copy(root().join("xtask/bundle/run.sh"), staged.join("run.sh"))?;
+    fs::write(staged.join("built-in"), root().display().to_string())?;
+    if args.with_data {
+        for data in ["assets", "vectors"] {
+            let mut copy = Command::new("cp");
+            step::run("copy", copy.arg("-r").arg(root().join(data)).arg(&staged))?;
+        }
+        // Tests find their data from a crate's folder.
+        for dir in fs::read_dir(root().join("crates"))? {
+            fs::create_dir_all(staged.join("crates").join(dir?.file_name()))?;
+        }
+    }
+    let archive = bundle.join("mmgp-cuda.tar.xz");
+    let mut tar = Command::new("tar");
+    tar.current_dir(&bundle).env("XZ_OPT", "-9 -T1").args(["-cJf"]).arg(&archive).arg("mmgp-cuda");
+    step::run("pack", &mut tar)?;
+    let bytes = fs::metadata(&archive)?.len();
+    eprintln!("{}: {:.1} MB", archive.display(), bytes as f64 / 1e6);
+    Ok(())
+}
+
+/// `(name, executable, whether it is a test)` of everything that is packed.
+fn build() -> Result<Vec<(String, PathBuf, bool)>> {
+    let mut build = cargo(&["build", "--release", "--workspace", "--bins", "--tests"]);
+    build.args([CUDA_FEATURES, "--message-format=json-render-diagnostics"]);
+    build.envs(toolkit::environment()?).stdout(Stdio::piped());
+    let mut child = build.spawn().context("cannot run cargo")?;
+    let said = child.stdout.take().context("cargo has no output")?;
+    let mut found = Vec::new();
+    for line in BufReader::new(said).lines() {
+        let line: Value = serde_json::from_str(&line?).unwrap_or_default();
+        let (Some(name), Some(built)) =
+            (line["target"]["name"].as_str(), line["executable"].as_str())
+        else {
+            continue;
+        };
+        let is = |kind: &str| line["target"]["kind"][0] == kind;
+        let wanted = name.starts_with("cuda") || ON_ANY_DEVICE.contains(&name);
+        let is_test = is("test") && wanted;
+        if is_test || (is("bin") && name == "mmgp" && line["profile"]["test"] == false) {
+            found.push((name.to_string(), Path::new(built).to_path_buf(), is_test));
+        }
+    }
+    ensure!(child.wait()?.success(), "the build failed");
+    ensure!(found.iter().any(|(_, _, is_test)| !is_test), "cargo built no command");
+    Ok(found)
+}
