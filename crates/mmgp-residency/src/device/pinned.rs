@@ -20,7 +20,7 @@ use rayon::prelude::*;
 use super::cuda::failed;
 use crate::{Bytes, Error, Result};
 
-const PAGE: usize = 4096;
+pub(super) const PAGE: usize = 4096;
 /// Bytes that one thread touches at a time.
 const TOUCH: usize = 8 << 20;
 
@@ -41,9 +41,22 @@ impl Locked {
     }
 
     /// Books `bytes` if the limit allows it.
-    fn book(&self, bytes: u64) -> bool {
+    pub(super) fn book(self: &Arc<Self>, bytes: u64) -> Option<Booked> {
         let more = |held: u64| held.checked_add(bytes).filter(|&sum| sum <= self.limit);
-        self.bytes.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).is_ok()
+        self.bytes.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).ok()?;
+        Some(Booked { bytes, of: self.clone() })
+    }
+}
+
+/// Bytes that count as locked as long as this lives.
+pub(super) struct Booked {
+    bytes: u64,
+    of: Arc<Locked>,
+}
+
+impl Drop for Booked {
+    fn drop(&mut self) {
+        self.of.bytes.fetch_sub(self.bytes, Ordering::Relaxed);
     }
 }
 
@@ -52,7 +65,7 @@ pub(super) struct Pinned {
     start: NonNull<u8>,
     layout: Layout,
     context: Arc<CudaContext>,
-    locked: Arc<Locked>,
+    _booked: Booked,
 }
 
 // SAFETY: the memory belongs to this value alone and is reached through `&self` and `&mut self` only.
@@ -72,14 +85,10 @@ impl Pinned {
         len: usize,
     ) -> Result<Option<Self>> {
         let size = len.max(1).next_multiple_of(PAGE);
-        if !locked.book(size as u64) {
-            return Ok(None);
-        }
-        let unbook = || locked.bytes.fetch_sub(size as u64, Ordering::Relaxed);
+        let Some(booked) = locked.book(size as u64) else { return Ok(None) };
         let layout = Layout::from_size_align(size, PAGE).map_err(|_| no_memory(size))?;
         // SAFETY: the layout has a size above zero.
         let Some(start) = NonNull::new(unsafe { alloc(layout) }) else {
-            unbook();
             return Err(no_memory(size));
         };
         let base = start.as_ptr() as usize;
@@ -94,12 +103,11 @@ impl Pinned {
         });
         if let Err(error) = registered {
             tracing::warn!("{} cannot be locked ({error}); staged instead", Bytes(size as u64));
-            unbook();
             // SAFETY: allocated above with this layout, and nobody else knows it.
             unsafe { dealloc(start.as_ptr(), layout) };
             return Ok(None);
         }
-        Ok(Some(Self { start, layout, context: context.clone(), locked: locked.clone() }))
+        Ok(Some(Self { start, layout, context: context.clone(), _booked: booked }))
     }
 
     pub(super) fn bytes(&self) -> &[u8] {
@@ -123,7 +131,6 @@ impl Drop for Pinned {
             tracing::error!("locked memory cannot be given back: {}", failed("unlock", error));
             return;
         }
-        self.locked.bytes.fetch_sub(self.layout.size() as u64, Ordering::Relaxed);
         // SAFETY: allocated by `new` with this layout; it is not registered any more.
         unsafe { dealloc(self.start.as_ptr(), self.layout) };
     }
