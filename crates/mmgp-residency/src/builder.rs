@@ -23,6 +23,9 @@ use crate::{
     Segment, pager::NewBlock, placeholder::placeholder,
 };
 
+/// Tensors of fewer bytes stand behind the others in a slot.
+const SMALL: u64 = 256 << 10;
+
 /// Collects what a module's constructor asks for, then hands the model to the pager.
 pub struct ModelBuilder {
     pager: Pager,
@@ -166,7 +169,8 @@ impl ModelBuilder {
             .blocks
             .into_iter()
             .enumerate()
-            .map(|(at, draft)| {
+            .map(|(at, mut draft)| {
+                draft.large_first();
                 let mut image = BlockImage::new(draft.name, draft.tensors);
                 image.expected = self.expected.get(at).map(|&digest| Expected {
                     tensors: image.tensors.len(),
@@ -287,6 +291,18 @@ struct Draft {
 impl Draft {
     fn new(name: &str) -> Self {
         Self { name: name.into(), tensors: Vec::new(), placeholders: Vec::new() }
+    }
+
+    /// Puts the small tensors behind the large ones, each in the order of asking, so that a device can
+    /// bring all small ones in one copy. Codes and their scales stay together.
+    fn large_first(&mut self) {
+        let paired = |making| matches!(making, Making::Int8Codes | Making::Int8Scales);
+        let small = |t: &ImageTensor| t.bytes() < SMALL && !paired(t.making);
+        let (tensors, placeholders) =
+            (std::mem::take(&mut self.tensors), std::mem::take(&mut self.placeholders));
+        let (behind, front): (Vec<_>, Vec<_>) =
+            tensors.into_iter().zip(placeholders).partition(|(tensor, _)| small(tensor));
+        (self.tensors, self.placeholders) = front.into_iter().chain(behind).unzip();
     }
 }
 

@@ -3,12 +3,15 @@
 //! An image is a list of tensors, each a list of segments (a stored tensor and the offset at which
 //! its bytes start inside the slot's tensor). Nothing is read to make one.
 
-use std::sync::{Arc, atomic::AtomicBool};
-#[cfg(feature = "cuda")]
-use std::{any::Any, fmt, sync::OnceLock};
+use std::{
+    any::Any,
+    fmt,
+    sync::{Arc, atomic::AtomicBool},
+};
 
 use candle_core::DType;
 use mmgp_io::TensorView;
+use parking_lot::Mutex;
 
 /// Every tensor in a slot starts at a multiple of this.
 pub const ALIGN: u64 = 256;
@@ -111,40 +114,45 @@ pub struct BlockImage {
     /// What a slot must hold once it was filled, if that is known.
     pub expected: Option<Expected>,
     /// What the device keeps of it on the host between fills.
-    #[cfg(feature = "cuda")]
     pub(crate) kept: Kept,
 }
 
 /// A place for whatever a device keeps; a clone of the image begins with nothing in it.
-#[cfg(feature = "cuda")]
 #[derive(Default)]
-pub(crate) struct Kept(OnceLock<Arc<dyn Any + Send + Sync>>);
+pub(crate) struct Kept(Mutex<Option<Arc<dyn Any + Send + Sync>>>);
 
-#[cfg(feature = "cuda")]
 impl Kept {
-    pub(crate) fn get(&self) -> Option<&Arc<dyn Any + Send + Sync>> {
-        self.0.get()
+    /// What is kept, if it is a `T`.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn get<T: Send + Sync + 'static>(&self) -> Option<Arc<T>> {
+        self.0.lock().clone()?.downcast().ok()
     }
 
-    pub(crate) fn set(
-        &self,
-        kept: Arc<dyn Any + Send + Sync>,
-    ) -> Result<(), Arc<dyn Any + Send + Sync>> {
-        self.0.set(kept)
+    #[cfg(feature = "cuda")]
+    pub(crate) fn set<T: Send + Sync + 'static>(&self, kept: Arc<T>) {
+        *self.0.lock() = Some(kept);
+    }
+
+    pub(crate) fn is_some(&self) -> bool {
+        self.0.lock().is_some()
+    }
+
+    /// Gives it back; whatever still reads it keeps it alive.
+    pub(crate) fn clear(&self) {
+        let kept = self.0.lock().take();
+        drop(kept);
     }
 }
 
-#[cfg(feature = "cuda")]
 impl Clone for Kept {
     fn clone(&self) -> Self {
         Self::default()
     }
 }
 
-#[cfg(feature = "cuda")]
 impl fmt::Debug for Kept {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Kept({})", if self.0.get().is_some() { "something" } else { "nothing" })
+        write!(f, "Kept({})", if self.is_some() { "something" } else { "nothing" })
     }
 }
 
@@ -158,14 +166,6 @@ impl BlockImage {
         }
         let read = tensors.iter().filter(|t| t.making != Making::Int8Scales);
         let stored = read.flat_map(|t| &t.segments).map(|s| s.source.len()).sum();
-        Self {
-            name,
-            tensors,
-            bytes,
-            stored,
-            expected: None,
-            #[cfg(feature = "cuda")]
-            kept: Kept::default(),
-        }
+        Self { name, tensors, bytes, stored, expected: None, kept: Kept::default() }
     }
 }

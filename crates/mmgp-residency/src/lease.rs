@@ -30,7 +30,7 @@ impl<S, B> Paged<S, B> {
     /// # Errors
     /// A file that cannot be read; no room beside what other models have leased; cancellation.
     pub fn pass(&self) -> Result<Pass<'_, S, B>> {
-        self.pager.begin_pass(self.model);
+        self.pager.begin_pass(self.model)?;
         let stem = self.pager.lease(At { model: self.model, block: 0 })?;
         Ok(Pass { model: self, _stem: stem })
     }
@@ -48,6 +48,16 @@ impl<S, B> Paged<S, B> {
     /// Stored tensors that nobody asked for.
     pub fn unused(&self) -> &[String] {
         &self.unused
+    }
+
+    /// Calls `f`, and again as long as memory runs out and some can be given back.
+    fn run<R>(&self, mut f: impl FnMut() -> candle_core::Result<R>) -> Result<R> {
+        loop {
+            match f() {
+                Err(error) if self.pager.may_run_again(self.model, &error)? => {}
+                result => return Ok(result?),
+            }
+        }
     }
 
     /// The pager that the model belongs to.
@@ -75,27 +85,28 @@ impl<'a, S, B> Pass<'a, S, B> {
     /// # Errors
     /// Those of `f`.
     pub fn stem<R>(&self, mut f: impl FnMut(&S) -> candle_core::Result<R>) -> Result<R> {
-        Ok(f(&self.model.stem)?)
+        self.model.run(|| f(&self.model.stem))
     }
 
     /// The blocks in order, each leased when it is reached. Finish one visit before the next.
-    pub fn blocks(&self) -> impl Iterator<Item = Result<Visit<'a, B>>> + use<'a, S, B> {
+    pub fn blocks(&self) -> impl Iterator<Item = Result<Visit<'a, S, B>>> + use<'a, S, B> {
         let model = self.model;
         model.blocks.iter().enumerate().map(move |(index, block)| {
             let lease = model.pager.lease(At { model: model.model, block: index + 1 })?;
-            Ok(Visit { block, index, _lease: lease })
+            Ok(Visit { model, block, index, _lease: lease })
         })
     }
 }
 
 /// A block whose weights are on the device until this is dropped.
-pub struct Visit<'a, B> {
+pub struct Visit<'a, S, B> {
+    model: &'a Paged<S, B>,
     block: &'a B,
     index: usize,
     _lease: Lease,
 }
 
-impl<B> Visit<'_, B> {
+impl<S, B> Visit<'_, S, B> {
     /// The block's place in the pass, from 0.
     pub fn index(&self) -> usize {
         self.index
@@ -107,6 +118,6 @@ impl<B> Visit<'_, B> {
     /// # Errors
     /// Those of `f`.
     pub fn run<R>(self, mut f: impl FnMut(&B) -> candle_core::Result<R>) -> Result<R> {
-        Ok(f(self.block)?)
+        self.model.run(|| f(self.block))
     }
 }

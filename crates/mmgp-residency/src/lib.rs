@@ -55,17 +55,18 @@ mod placeholder;
 mod plan;
 mod report;
 mod save;
+mod schedule;
 
 pub use builder::{ModelBuilder, Sketch, check_pageable};
 pub use bytes::Bytes;
+pub use device::{Clock, Device, Host, Moved, Occupancy, Slot, VisitTimes};
 #[cfg(feature = "cuda")]
-pub use device::{Cuda, CudaOptions};
-pub use device::{Device, Host, Occupancy, Slot};
+pub use device::{Cuda, CudaOptions, Files, Transfers};
 pub use error::{Error, Result};
 pub use image::{ALIGN, BlockImage, Digest, Expected, ImageTensor, Making, Segment};
 pub use lease::{Paged, Pass, Visit};
 pub use memory::HostMemory;
 pub use pager::{Attachment, Attachments, BlockTarget, Pager};
 pub use plan::{Budget, Budgets, ModelPlan, Plan, SlotPlan};
-pub use report::{ModelReport, Report, process_peak};
+pub use report::{Forecast, ModelReport, Report, process_peak};
 pub use save::Saved;

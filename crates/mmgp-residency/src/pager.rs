@@ -7,7 +7,6 @@
 //! never held while anything is read or computed.
 
 use std::{
-    cmp::Reverse,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -19,14 +18,25 @@ use candle_core::{Device as Candle, Tensor};
 use crossbeam_channel::{Receiver, Sender};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
+use self::state::{Model, Phase, SlotState, State};
 use crate::{
     BlockImage, Budget, Budgets, Bytes, Device, Digest, Error, Host, ModelReport, Occupancy, Plan,
-    Report, Result, Slot, SlotPlan, image::ALIGN, order::Order, plan::ModelSizes,
+    Report, Result, Slot,
+    plan::ModelPlan,
+    report::{Forecast, form},
+    schedule::Choice,
 };
 
 mod attach;
+mod state;
+mod timing;
 
 pub use attach::{Attachment, Attachments, BlockTarget};
+
+/// A plan is remade when costs have changed by more than this share, ...
+const DRIFT: f64 = 0.1;
+/// ... and adopted when it saves more than this one.
+const WORTH: f64 = 0.01;
 
 /// Threads that fetch blocks: one fetches ahead, one is there when that was the wrong one.
 const FETCHERS: usize = 2;
@@ -64,59 +74,6 @@ pub(crate) struct NewBlock {
     pub(crate) image: Arc<BlockImage>,
     /// The placeholders, in image order.
     pub(crate) tensors: Vec<Tensor>,
-}
-
-struct State {
-    models: Vec<Model>,
-    budgets: Budgets,
-    plan: Option<Arc<Plan>>,
-    held: u64,
-    peak: u64,
-    order: Order,
-}
-
-struct Model {
-    name: String,
-    disk: u64,
-    /// Empty once the model was dropped.
-    blocks: Vec<NewBlock>,
-    /// How many tensors of each block are its own; what follows them is attached.
-    own: Vec<usize>,
-    targets: Vec<BlockTarget>,
-    /// As the plan has them; empty before.
-    slots: Vec<SlotState>,
-    slot_of: Vec<usize>,
-    held: u64,
-    stats: Stats,
-}
-
-#[derive(Default)]
-struct Stats {
-    peak: u64,
-    read: u64,
-    visits: u64,
-    hits: u64,
-    stalled: Duration,
-}
-
-struct SlotState {
-    capacity: u64,
-    occupancy: Occupancy,
-    memory: Option<Box<dyn Slot>>,
-    phase: Phase,
-}
-
-enum Phase {
-    /// Nothing in it that is worth keeping.
-    Empty,
-    /// A fetch is under way; the memory is with the worker.
-    Filling,
-    /// Holds this block, unbound. `used` tells whether it was leased since it was fetched.
-    Ready { block: usize, used: bool },
-    /// Holds this block, bound, for so many leases.
-    Leased { block: usize, leases: usize },
-    /// The fetch of this block failed.
-    Failed(usize, Error),
 }
 
 impl Pager {
@@ -168,14 +125,7 @@ impl Pager {
         }
         Ok(Self(Arc::new(Inner {
             device,
-            state: Mutex::new(State {
-                models: Vec::new(),
-                budgets: Budget::Auto.into(),
-                plan: None,
-                held: 0,
-                peak: 0,
-                order: Order::default(),
-            }),
+            state: Mutex::new(State::new(Budget::Auto.into())),
             changed: Condvar::new(),
             jobs,
             cancelled: Arc::default(),
@@ -187,8 +137,11 @@ impl Pager {
         &*self.0.device
     }
 
-    /// Makes the plan within `budgets` for the models added so far and gives back everything held.
+    /// Makes the plan within `budgets` for the models added so far and gives back what it does not keep.
     /// Models added later are planned within the same budgets. Nothing is read.
+    ///
+    /// The pager changes the plan between passes when that pays: once blocks were measured, and when the
+    /// memory that is there for weights changes.
     ///
     /// # Errors
     /// A budget that is too small, with the smallest that works; leases that are still out.
@@ -212,7 +165,14 @@ impl Pager {
 
     /// What happened so far.
     pub fn report(&self) -> Report {
-        let state = self.0.state.lock();
+        let mut state = self.0.state.lock();
+        let state = &mut *state;
+        for model in &mut state.models {
+            model.timing.read_all();
+            for slot in 0..model.slots.len() {
+                model.look_at(slot);
+            }
+        }
         let models = state.models.iter().enumerate().map(|(at, m)| ModelReport {
             name: m.name.clone(),
             disk: Bytes(m.disk),
@@ -224,16 +184,89 @@ impl Pager {
             ),
             peak: Bytes(m.stats.peak),
             read: Bytes(m.stats.read),
+            streamed: Bytes(m.stats.streamed),
+            copies: m.stats.copies,
             visits: m.stats.visits,
             hits: m.stats.hits,
-            stalled: m.stats.stalled,
+            stalled: m.timing.stalled,
         });
+        let models: Vec<ModelReport> = models.collect();
         Report {
             budget: Bytes(state.plan.as_ref().map_or(u64::MAX, |p| p.budget.0)),
             peak: Bytes(state.peak),
             deviations: state.order.deviations,
-            models: models.collect(),
+            locked: self.0.device.locked(),
+            copies: models.iter().map(|m| m.copies).sum(),
+            streamed: Bytes(models.iter().map(|m| m.streamed.0).sum()),
+            host: state.counters.host,
+            waits: state.counters.waits,
+            taken: state.counters.taken,
+            replans: state.counters.replans,
+            reruns: state.counters.reruns,
+            models,
         }
+    }
+
+    /// What a steady pass of `model` takes by the schedule, as its blocks and copies were measured;
+    /// `None` before they were. `effort` is how many times as long as the pager's own search one for
+    /// [`Forecast::best`] looks.
+    pub fn forecast(&self, model: &str, effort: u32) -> Option<Forecast> {
+        let mut state = self.0.state.lock();
+        let at = state.live(model)?;
+        let m = &mut state.models[at];
+        m.timing.read_all();
+        let sizes = m.sizes(&*self.0.device);
+        let blocks = sizes.bytes();
+        let costs = m.timing.costs(blocks.len())?;
+        let plan = state.plan.as_ref()?.models.get(at)?;
+        let choice = plan.choice();
+        let room = sizes.room(plan.limit.0);
+        drop(state);
+        let best = Choice::search(&blocks, room, &costs, effort);
+        let streams = blocks.iter().zip(&choice.streams).filter(|(_, streams)| **streams);
+        let names = sizes.blocks[1..].iter().map(|(name, bytes)| (name.clone(), Bytes(*bytes)));
+        Some(Forecast {
+            link: costs.link,
+            streamed: Bytes(streams.map(|(bytes, _)| bytes).sum()),
+            schedule: choice.seconds(&blocks, &costs),
+            best: best.seconds(&blocks, &costs),
+            outside: costs.outside,
+            blocks: names.zip(&costs.blocks).map(|((n, b), &seconds)| (n, b, seconds)).collect(),
+        })
+    }
+
+    /// Bytes a second at which the blocks of `model` that stream now come to the device, into a slot that
+    /// is taken for this beside what the plan holds. Whatever computes meanwhile goes on.
+    ///
+    /// # Errors
+    /// A model that is not there or of which nothing streams; a device that refuses.
+    pub fn measure_link(&self, model: &str) -> Result<f64> {
+        let nothing =
+            |reason: &str| Error::NotPageable { model: model.into(), reason: reason.into() };
+        let images: Vec<Arc<BlockImage>> = {
+            let state = self.0.state.lock();
+            let at = state.live(model).ok_or_else(|| nothing("there is no such model"))?;
+            let m = &state.models[at];
+            let blocks = m.blocks.iter().zip(&m.slot_of);
+            let turns = |slot: usize| m.slots[slot].occupancy == Occupancy::Turns;
+            blocks.filter(|(_, slot)| turns(**slot)).map(|(b, _)| b.image.clone()).collect()
+        };
+        let largest = images.iter().map(|image| image.bytes).max();
+        let largest = largest.ok_or_else(|| nothing("nothing of it streams"))?;
+        let mut slot = self.0.device.slot(Bytes(largest), Occupancy::Turns)?;
+        let (mut bytes, mut seconds) = (0., 0.);
+        for image in &images {
+            slot.fill(image)?;
+            let moved = loop {
+                match slot.moved() {
+                    Some(moved) => break moved,
+                    None => std::thread::sleep(Duration::from_micros(50)),
+                }
+            };
+            bytes += moved.bytes.0 as f64;
+            seconds += moved.took.as_secs_f64();
+        }
+        Ok(bytes / seconds)
     }
 
     /// The digests of a model's blocks as they lie in slots, the stem's first: what a later run may
@@ -277,17 +310,7 @@ impl Pager {
     ) -> usize {
         let mut state = self.0.state.lock();
         state.plan = None; // made anew at the next lease
-        state.models.push(Model {
-            name,
-            disk,
-            own: blocks.iter().map(|b| b.tensors.len()).collect(),
-            blocks,
-            targets,
-            slots: Vec::new(),
-            slot_of: Vec::new(),
-            held: 0,
-            stats: Stats::default(),
-        });
+        state.models.push(Model::new(name, disk, blocks, targets));
         state.models.len() - 1
     }
 
@@ -308,20 +331,108 @@ impl Pager {
         }
     }
 
-    /// A pass of `model` begins.
-    pub(crate) fn begin_pass(&self, model: usize) {
-        self.0.state.lock().order.pass(model);
+    /// A pass of `model` begins: what the last one showed is read, and the plan changed if that pays or
+    /// the memory that is there demands it.
+    pub(crate) fn begin_pass(&self, model: usize) -> Result<()> {
+        let device = &*self.0.device;
+        let mut state = self.0.state.lock();
+        state.order.pass(model);
+        if let Some(before) = state.running.replace(model) {
+            let peak = device.take_peak().0;
+            state.models[before].calibrate(peak);
+            if before != model {
+                device.trim();
+            }
+        }
+        state.models[model].timing.begin_pass();
+        if state.plan.is_none() {
+            return Ok(());
+        }
+        state.ceiling = device.ceiling()?.0;
+        self.replan(&mut state, model)?;
+        let allowed = state.models[model].allowed;
+        state.shrink(model, allowed);
+        device.share(Bytes(allowed))
+    }
+
+    /// Changes the plan of one model if that pays or memory demands it; not while a block of it is leased.
+    fn replan(&self, state: &mut MutexGuard<'_, State>, at: usize) -> Result<()> {
+        let device = &*self.0.device;
+        let Some(plan) = state.plan.clone() else { return Ok(()) };
+        let now = &plan.models[at];
+        let minimum = now.minimum().0;
+        let (limit, total) = state.limits(at, minimum);
+        state.models[at].allowed = total;
+        let shrinks = limit < now.held().0;
+        let streams = now.streaming_slots() > 0;
+        let grows = streams && limit / 50 > now.limit.0 / 49; // by more than 2 %
+        let costs =
+            if streams { state.models[at].timing.costs(now.slot_of.len() - 1) } else { None };
+        let drifted = match (&costs, &state.models[at].planned) {
+            (Some(new), Some(old)) => new.differ(old, DRIFT),
+            (new, _) => new.is_some(),
+        };
+        if !shrinks && !grows && !drifted {
+            return Ok(());
+        }
+        let leased = |s: &SlotState| matches!(s.phase, Phase::Leased { .. });
+        if state.models[at].slots.iter().any(leased) {
+            return Ok(());
+        }
+        let sizes = state.models[at].sizes(device);
+        let limit = limit.max(minimum);
+        let next = ModelPlan::make(&sizes, limit, costs.as_ref());
+        state.models[at].planned = costs.clone();
+        if let (false, false, Some(costs)) = (shrinks, grows, &costs) {
+            let blocks = sizes.bytes();
+            let seconds = |plan: &ModelPlan| plan.choice().seconds(&blocks, costs);
+            if seconds(&next) > (1. - WORTH) * seconds(now) {
+                return Ok(());
+            }
+        }
+        let next = ModelPlan { total: Bytes(total), asked: now.asked, raised: now.raised, ..next };
+        while state.models[at].slots.iter().any(|s| matches!(s.phase, Phase::Filling)) {
+            self.0.changed.wait(state);
+        }
+        tracing::debug!(
+            "{}: {} resident, {} slots",
+            now.name,
+            next.residents(),
+            next.streaming_slots()
+        );
+        let freed = state.models[at].adopt(&next);
+        state.held -= freed;
+        state.counters.replans += 1;
+        let mut plan = plan;
+        Arc::make_mut(&mut plan).models[at] = next;
+        state.plan = Some(plan);
+        Ok(())
     }
 
     /// Waits until the block is there and binds it.
     pub(crate) fn lease(&self, at: At) -> Result<Lease> {
         let inner = &*self.0;
+        let device = &*inner.device;
         let mut state = inner.state.lock();
         if state.plan.is_none() {
-            let plan = state.make_plan(&state.budgets, &*inner.device)?;
+            let budgets = state.budgets.clone();
+            let plan = state.make_plan(&budgets, device)?;
             self.adopt(&mut state, plan)?;
+            device.share(Bytes(state.models[at.model].allowed))?;
         }
-        let mut waiting: Option<Instant> = None;
+        let begun = Instant::now();
+        if let Phase::Leased { block, leases } = &mut state.slot_mut(at).phase
+            && *block == at.block
+        {
+            *leases += 1;
+            return Ok(Lease { pager: self.clone(), at });
+        }
+        let short = device.shortage().0;
+        if short > 0 {
+            state.relent(at.model, short, device);
+        }
+        state.models[at.model].timing.asked(at.block, device);
+        let mut waited = Duration::ZERO;
         let mut demanded = false;
         let used = loop {
             if inner.cancelled.load(Ordering::Relaxed) {
@@ -329,10 +440,6 @@ impl Pager {
             }
             let slot = state.slot_mut(at);
             match &mut slot.phase {
-                Phase::Leased { block, leases } if *block == at.block => {
-                    *leases += 1;
-                    return Ok(Lease { pager: self.clone(), at });
-                }
                 Phase::Leased { block, .. } => {
                     let holder = *block;
                     return Err(Error::StillLeased {
@@ -356,8 +463,9 @@ impl Pager {
                     }
                 }
             }
-            waiting.get_or_insert_with(Instant::now);
+            let since = Instant::now();
             inner.changed.wait(&mut state);
+            waited += since.elapsed();
         };
         let model = &mut state.models[at.model];
         let slot = &mut model.slots[model.slot_of[at.block]];
@@ -365,15 +473,18 @@ impl Pager {
             memory.bind(&model.blocks[at.block].tensors)?;
         }
         slot.phase = Phase::Leased { block: at.block, leases: 1 };
+        model.timing.began(at.block);
         model.stats.visits += 1;
         model.stats.hits += u64::from(used);
-        model.stats.stalled += waiting.map_or(Duration::ZERO, |since| since.elapsed());
         self.fetch_ahead(&mut state, at);
+        state.counters.waits += u64::from(waited > Duration::ZERO);
+        state.counters.host += begun.elapsed().saturating_sub(waited);
         Ok(Lease { pager: self.clone(), at })
     }
 
     fn release(&self, at: At) {
         let mut state = self.0.state.lock();
+        let begun = Instant::now();
         let model = &mut state.models[at.model];
         let slot = &mut model.slots[model.slot_of[at.block]];
         let Phase::Leased { leases, .. } = &mut slot.phase else { return };
@@ -381,6 +492,7 @@ impl Pager {
         if *leases > 0 {
             return;
         }
+        model.timing.ended(at.block);
         slot.phase = Phase::Ready { block: at.block, used: true };
         if let Some(memory) = &mut slot.memory
             && let Err(error) = memory.unbind(&model.blocks[at.block].tensors)
@@ -392,6 +504,21 @@ impl Pager {
         let last = model.blocks.len() - 1;
         let now = if at.block == 0 { At { block: last, ..at } } else { at };
         self.fetch_ahead(&mut state, now);
+        state.counters.host += begun.elapsed();
+    }
+
+    /// Whether what failed with `error` inside a block of `model` may run again: memory ran out, and some
+    /// was given back.
+    pub(crate) fn may_run_again(&self, model: usize, error: &candle_core::Error) -> Result<bool> {
+        let device = &*self.0.device;
+        if !device.is_out_of_memory(error) {
+            return Ok(false);
+        }
+        let mut state = self.0.state.lock();
+        let again = state.leave_more(model, device)?;
+        state.counters.reruns += u64::from(again);
+        tracing::debug!("memory ran out: {}", if again { "once more" } else { "nothing to give" });
+        Ok(again)
     }
 
     /// Starts the fetch of a block that is needed now, giving back what other models hold. Says
@@ -401,7 +528,7 @@ impl Pager {
         let others = |_: &State, m: usize, _: usize| m != at.model;
         let mine = state.models[at.model].slot_of[at.block];
         let all = |_: &State, m: usize, slot: usize| m != at.model || slot != mine;
-        if state.make_room(wanted, others) || state.make_room(wanted, all) {
+        if state.make_room(at.model, wanted, others) || state.make_room(at.model, wanted, all) {
             return self.start(state, at).map(|()| true);
         }
         if state.models.iter().flat_map(|m| &m.slots).any(|s| matches!(s.phase, Phase::Filling)) {
@@ -412,14 +539,19 @@ impl Pager {
             block: state.name(at),
             wanted: Bytes(wanted),
             held: Bytes(state.held),
-            budget: Bytes(state.budget()),
+            budget: Bytes(state.models[at.model].allowed),
         })
     }
 
     /// Fetches the next block that is not there yet, if its slot is free and there is room.
     /// At most one block ahead, and never at the cost of anything that is needed before it.
     fn fetch_ahead(&self, state: &mut MutexGuard<'_, State>, now: At) {
-        for next in state.upcoming(now) {
+        if !self.0.device.overlaps() {
+            return;
+        }
+        let mut ahead = 0;
+        while let Some(next) = state.upcoming(now, ahead) {
+            ahead += 1;
             let slot = state.slot_mut(next);
             match slot.phase {
                 Phase::Ready { block, .. } | Phase::Leased { block, .. } if block == next.block => {
@@ -429,7 +561,7 @@ impl Pager {
                     let done = |state: &State, m: usize, slot: usize| {
                         m != next.model && (m != now.model || state.is_past(now, slot))
                     };
-                    if state.make_room(room, done)
+                    if state.make_room(now.model, room, done)
                         && let Err(error) = self.start(state, next)
                     {
                         tracing::warn!("no memory to fetch ahead: {error}");
@@ -442,34 +574,48 @@ impl Pager {
     }
 
     fn start(&self, state: &mut MutexGuard<'_, State>, at: At) -> Result<()> {
+        let device = &*self.0.device;
         let model = &mut state.models[at.model];
         let image = model.blocks[at.block].image.clone();
-        let slot = &mut model.slots[model.slot_of[at.block]];
-        let memory = match slot.memory.take() {
+        let slot = model.slot_of[at.block];
+        model.look_at(slot);
+        let slot = &mut model.slots[slot];
+        let mut memory = match slot.memory.take() {
             Some(memory) => memory,
             None => {
-                let memory = self.0.device.slot(Bytes(slot.capacity), slot.occupancy)?;
-                model.held += slot.capacity;
-                model.stats.peak = model.stats.peak.max(model.held);
-                let capacity = slot.capacity;
+                let (capacity, occupancy) = (slot.capacity, slot.occupancy);
+                let memory = match device.slot(Bytes(capacity), occupancy) {
+                    Ok(memory) => memory,
+                    // The card has less than was thought: what is idle makes room.
+                    Err(error) => match state.relent(at.model, capacity, device) {
+                        true => device.slot(Bytes(capacity), occupancy)?,
+                        false => return Err(error),
+                    },
+                };
                 state.held += capacity;
                 state.peak = state.peak.max(state.held);
+                state.counters.taken += 1;
+                let model = &mut state.models[at.model];
+                model.held += capacity;
+                model.stats.peak = model.stats.peak.max(model.held);
                 memory
             }
         };
-        let model = &mut state.models[at.model];
-        let slot = &mut model.slots[model.slot_of[at.block]];
+        let turns = state.slot_mut(at).occupancy == Occupancy::Turns;
         if memory.fills_at_once(&image) {
-            let mut memory = memory;
-            slot.phase = match memory.fill(&image) {
+            let phase = match memory.fill(&image) {
                 Ok(()) => Phase::Ready { block: at.block, used: false },
                 Err(error) => Phase::Failed(at.block, error),
             };
-            slot.memory = Some(memory);
+            let slot = state.slot_mut(at);
+            (slot.phase, slot.memory) = (phase, Some(memory));
             return Ok(());
         }
-        model.stats.read += image.stored;
-        slot.phase = Phase::Filling;
+        if turns && !image.kept.is_some() && device.lockable().0 < image.bytes {
+            state.make_lockable(at.model, image.bytes, device);
+        }
+        state.models[at.model].stats.read += image.stored;
+        state.slot_mut(at).phase = Phase::Filling;
         // Cannot fail: workers live as long as the sender does.
         let _ = self.0.jobs.send(Job { pager: self.0.clone(), at, memory, image });
         Ok(())
@@ -498,135 +644,21 @@ impl Pager {
 
     fn adopt(&self, state: &mut MutexGuard<'_, State>, plan: Plan) -> Result<Arc<Plan>> {
         self.settle(state)?;
-        for model in 0..state.models.len() {
-            state.release_all(model);
-            let (m, plan) = (&mut state.models[model], &plan.models[model]);
-            m.slot_of = plan.slot_of.clone();
-            let empty = |slot: &SlotPlan| SlotState {
-                capacity: slot.capacity.0,
-                occupancy: if slot.blocks > 1 { Occupancy::Turns } else { Occupancy::Alone },
-                memory: None,
-                phase: Phase::Empty,
-            };
-            m.slots = plan.slots.iter().map(empty).collect();
+        for (at, plan) in plan.models.iter().enumerate() {
+            let m = &mut state.models[at];
+            let freed = m.adopt(plan);
+            m.allowed = plan.total.0;
+            m.planned = m.timing.costs(plan.slot_of.len() - 1);
+            state.held -= freed;
+        }
+        // What fits one model need not fit beside another.
+        let allowed = state.models.iter().map(|m| m.allowed).max().unwrap_or(0);
+        if let Some(model) = state.running.or(Some(0)).filter(|&m| m < state.models.len()) {
+            state.shrink(model, allowed);
         }
         let plan = Arc::new(plan);
         state.plan = Some(plan.clone());
         Ok(plan)
-    }
-}
-
-impl Model {
-    /// The bytes in slots of what is attached to its blocks.
-    fn attached(&self) -> u64 {
-        let own = self.blocks.iter().zip(&self.own);
-        own.flat_map(|(block, &own)| &block.image.tensors[own..])
-            .map(|t| t.bytes().next_multiple_of(ALIGN))
-            .sum()
-    }
-}
-
-impl State {
-    fn make_plan(&self, budgets: &Budgets, device: &dyn Device) -> Result<Plan> {
-        let sizes: Vec<ModelSizes> = self
-            .models
-            .iter()
-            .map(|m| {
-                let blocks = m.blocks.iter().map(|b| (b.image.name.clone(), b.image.bytes));
-                let mut blocks: Vec<_> = blocks.collect();
-                if blocks.is_empty() {
-                    blocks.push((String::new(), 0)); // a model that was dropped
-                }
-                ModelSizes { name: m.name.clone(), blocks }
-            })
-            .collect();
-        Plan::make(&sizes, budgets, || device.available())
-    }
-
-    fn budget(&self) -> u64 {
-        self.plan.as_ref().map_or(0, |plan| plan.budget.0)
-    }
-
-    fn name(&self, at: At) -> String {
-        self.models[at.model].blocks[at.block].image.name.clone()
-    }
-
-    fn slot_mut(&mut self, at: At) -> &mut SlotState {
-        let model = &mut self.models[at.model];
-        &mut model.slots[model.slot_of[at.block]]
-    }
-
-    /// What must be taken before the block can be fetched.
-    fn missing(&mut self, at: At) -> u64 {
-        let slot = self.slot_mut(at);
-        if slot.memory.is_some() { 0 } else { slot.capacity }
-    }
-
-    /// Whether what lies in a slot of the running model was visited in this pass already.
-    fn is_past(&self, now: At, slot: usize) -> bool {
-        match self.models[now.model].slots[slot].phase {
-            Phase::Ready { block, .. } => block != 0 && block <= now.block,
-            _ => true,
-        }
-    }
-
-    /// The blocks that come after `now`, as far as that is known.
-    fn upcoming(&self, now: At) -> Vec<At> {
-        let rest = now.block + 1..self.models[now.model].blocks.len();
-        let mut list: Vec<At> = rest.map(|block| At { model: now.model, block }).collect();
-        if let Some(model) = self.order.next() {
-            let blocks = self.models[model].slot_of.len();
-            let until = if model == now.model { now.block } else { blocks };
-            list.extend((0..until).map(|block| At { model, block }));
-        }
-        list
-    }
-
-    /// Gives back idle slots that `may` allows until `wanted` more bytes fit; nothing if they never
-    /// will. First what costs least to bring back: models that run seldom, late blocks.
-    fn make_room(&mut self, wanted: u64, may: impl Fn(&State, usize, usize) -> bool) -> bool {
-        let free = self.budget().saturating_sub(self.held);
-        if wanted <= free {
-            return true;
-        }
-        let mut idle = Vec::new();
-        for (m, model) in self.models.iter().enumerate() {
-            for (s, slot) in model.slots.iter().enumerate() {
-                if slot.memory.is_some()
-                    && !matches!(slot.phase, Phase::Leased { .. })
-                    && may(self, m, s)
-                {
-                    idle.push((self.order.passes(m), Reverse(s), m, slot.capacity));
-                }
-            }
-        }
-        if free + idle.iter().map(|i| i.3).sum::<u64>() < wanted {
-            return false;
-        }
-        idle.sort_unstable();
-        for (_, Reverse(slot), model, _) in idle {
-            if wanted <= self.budget().saturating_sub(self.held) {
-                break;
-            }
-            self.give_back(model, slot);
-        }
-        true
-    }
-
-    fn give_back(&mut self, model: usize, slot: usize) {
-        let m = &mut self.models[model];
-        let s = &mut m.slots[slot];
-        if s.memory.take().is_some() {
-            m.held -= s.capacity;
-            self.held -= s.capacity;
-        }
-        s.phase = Phase::Empty;
-    }
-
-    fn release_all(&mut self, model: usize) {
-        for slot in 0..self.models[model].slots.len() {
-            self.give_back(model, slot);
-        }
     }
 }
 
@@ -656,18 +688,4 @@ fn fetch(inbox: &Receiver<Job>) {
         drop(state);
         pager.changed.notify_all();
     }
-}
-
-/// The dtypes of a model's slots, the larger share first.
-fn form(blocks: &[NewBlock]) -> String {
-    let mut sizes: Vec<(u64, &'static str)> = Vec::new();
-    for tensor in blocks.iter().flat_map(|b| &b.image.tensors) {
-        let dtype = tensor.dtype.as_str();
-        match sizes.iter_mut().find(|(_, name)| *name == dtype) {
-            Some((bytes, _)) => *bytes += tensor.bytes(),
-            None => sizes.push((tensor.bytes(), dtype)),
-        }
-    }
-    sizes.sort_unstable_by_key(|(bytes, _)| Reverse(*bytes));
-    sizes.iter().map(|(_, name)| *name).collect::<Vec<_>>().join("+")
 }

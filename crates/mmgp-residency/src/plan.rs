@@ -6,7 +6,10 @@
 
 use std::{fmt, str::FromStr};
 
-use crate::{Bytes, Error, Result};
+use crate::{
+    Bytes, Error, Result,
+    schedule::{Choice, Costs},
+};
 
 /// A limit on weights that are on the device at one moment.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -15,7 +18,8 @@ pub enum Budget {
     Min,
     /// No limit: every block stays once it was read.
     Unlimited,
-    /// Unlimited if that fits half of the memory that is available now, else the most that does.
+    /// Unlimited if that fits what the device has for weights (half of the free RAM, or the VRAM that is
+    /// free but for a margin and activations), else the most that does.
     Auto,
     /// So many bytes.
     Bytes(Bytes),
@@ -80,9 +84,21 @@ pub(crate) struct ModelSizes {
     pub(crate) name: String,
     /// `(name, bytes)`; index 0 is the stem, which is leased throughout a pass.
     pub(crate) blocks: Vec<(String, u64)>,
+    /// What the largest of its weights takes beside itself while it is expanded.
+    pub(crate) expansion: u64,
 }
 
 impl ModelSizes {
+    /// The sizes of its blocks, the stem not among them.
+    pub(crate) fn bytes(&self) -> Vec<u64> {
+        self.blocks[1..].iter().map(|b| b.1).collect()
+    }
+
+    /// What a limit leaves for blocks.
+    pub(crate) fn room(&self, limit: u64) -> u64 {
+        limit.saturating_sub(self.stem()).saturating_sub(self.expansion)
+    }
+
     fn stem(&self) -> u64 {
         self.blocks[0].1
     }
@@ -96,9 +112,18 @@ impl ModelSizes {
         largest.map_or(("none", 0), |b| (&b.0, b.1))
     }
 
-    fn minimum(&self) -> u64 {
-        self.stem() + self.largest().1
+    pub(crate) fn minimum(&self) -> u64 {
+        self.stem() + self.expansion + self.largest().1
     }
+}
+
+/// What is known of the device when a model is planned.
+#[derive(Clone, Debug)]
+pub(crate) struct Surroundings {
+    /// What it has for weights while the model runs.
+    pub(crate) ceiling: u64,
+    /// What the model's passes cost, if that was measured.
+    pub(crate) costs: Option<Costs>,
 }
 
 /// A region for one block at a time, or for one block for good.
@@ -106,8 +131,10 @@ impl ModelSizes {
 pub struct SlotPlan {
     /// Its size.
     pub capacity: Bytes,
-    /// How many blocks take turns in it.
+    /// How many blocks live in it.
     pub blocks: usize,
+    /// Whether blocks take turns in it; else it is one block's for good.
+    pub turns: bool,
 }
 
 /// The plan of one model.
@@ -119,8 +146,16 @@ pub struct ModelPlan {
     pub bytes: Bytes,
     /// What it may hold.
     pub limit: Bytes,
+    /// What the budgets alone would let it hold.
+    pub asked: Bytes,
+    /// What all models together may hold while it runs; `u64::MAX` if there is no limit.
+    pub total: Bytes,
     /// The budget that was too small for this model and was raised ([`Budget::AtLeastMin`]).
     pub raised: Option<Bytes>,
+    /// The least that it can run in.
+    pub(crate) least: Bytes,
+    /// Of its limit, what is left for expanding one weight at a time.
+    pub expansion: Bytes,
     /// Slot 0 is the stem's.
     pub slots: Vec<SlotPlan>,
     /// The slot of each block, the stem first. A block always comes to the same slot.
@@ -128,53 +163,71 @@ pub struct ModelPlan {
 }
 
 impl ModelPlan {
-    /// What the model holds when all its slots are taken.
+    /// What the model holds when all its slots are taken and a weight is expanded.
     pub fn held(&self) -> Bytes {
-        Bytes(self.slots.iter().map(|s| s.capacity.0).sum())
+        Bytes(self.slots.iter().map(|s| s.capacity.0).sum::<u64>() + self.expansion.0)
+    }
+
+    /// The least that it can run in.
+    pub(crate) fn minimum(&self) -> Bytes {
+        self.least
     }
 
     /// Blocks with a slot of their own, the stem not counted.
     pub fn residents(&self) -> usize {
-        self.slot_of[1..].iter().filter(|&&slot| self.slots[slot].blocks == 1).count()
+        self.slot_of[1..].iter().filter(|&&slot| !self.slots[slot].turns).count()
     }
 
     /// Slots in which blocks take turns.
     pub fn streaming_slots(&self) -> usize {
-        self.slots.iter().filter(|s| s.blocks > 1).count()
+        self.slots.iter().filter(|s| s.turns).count()
     }
 
-    fn make(sizes: &ModelSizes, limit: u64) -> Self {
-        let blocks: Vec<u64> = sizes.blocks[1..].iter().map(|b| b.1).collect();
-        let room = limit.saturating_sub(sizes.stem());
-        let streamed = choose_streamed(&blocks, room);
-        // Two slots let a block arrive while the one before it computes.
-        let two: u64 = slot_sizes(&blocks, &streamed, 2).iter().sum();
-        let kept: u64 =
-            (0..blocks.len()).filter(|b| !streamed.contains(b)).map(|b| blocks[b]).sum();
-        let turns = if streamed.len() > 1 && two + kept <= room { 2 } else { 1 };
+    /// Blocks that stream, as [`Choice`] has them.
+    pub(crate) fn choice(&self) -> Choice {
+        let streams = self.slot_of[1..].iter().map(|&slot| self.slots[slot].turns).collect();
+        Choice { streams, turns: self.slots.iter().filter(|s| s.turns).count() }
+    }
 
-        let own = |bytes: u64| SlotPlan { capacity: Bytes(bytes), blocks: 1 };
+    /// The plan of a model within `limit` bytes: by the schedule if its costs are known, else with what
+    /// stays spread evenly.
+    pub(crate) fn make(sizes: &ModelSizes, limit: u64, costs: Option<&Costs>) -> Self {
+        let blocks = sizes.bytes();
+        let room = sizes.room(limit);
+        let choice = match costs {
+            Some(costs) => Choice::search(&blocks, room, costs, 1),
+            None => Choice::spread(&blocks, room),
+        };
+        let own = |bytes: u64| SlotPlan { capacity: Bytes(bytes), blocks: 1, turns: false };
         let mut slots = vec![own(sizes.stem())];
         let mut slot_of = vec![0; blocks.len() + 1];
         let ring = slots.len();
-        if !streamed.is_empty() {
-            for (slot, capacity) in slot_sizes(&blocks, &streamed, turns).into_iter().enumerate() {
-                let blocks = streamed.iter().skip(slot).step_by(turns).count();
-                slots.push(SlotPlan { capacity: Bytes(capacity), blocks });
-            }
+        for (slot, capacity) in choice.slots(&blocks).into_iter().enumerate() {
+            let blocks = choice.streamed().saturating_sub(slot).div_ceil(choice.turns);
+            slots.push(SlotPlan { capacity: Bytes(capacity), blocks, turns: true });
         }
         let mut turn = 0;
         for (block, &bytes) in blocks.iter().enumerate() {
-            slot_of[block + 1] = if streamed.contains(&block) {
+            slot_of[block + 1] = if choice.streams[block] {
                 turn += 1;
-                ring + (turn - 1) % turns
+                ring + (turn - 1) % choice.turns
             } else {
                 slots.push(own(bytes));
                 slots.len() - 1
             };
         }
-        let (name, bytes) = (sizes.name.clone(), Bytes(sizes.total()));
-        Self { name, bytes, limit: Bytes(limit), raised: None, slots, slot_of }
+        Self {
+            name: sizes.name.clone(),
+            bytes: Bytes(sizes.total()),
+            limit: Bytes(limit),
+            asked: Bytes(limit),
+            total: Bytes(limit),
+            raised: None,
+            least: Bytes(sizes.minimum()),
+            expansion: Bytes(sizes.expansion),
+            slots,
+            slot_of,
+        }
     }
 }
 
@@ -192,10 +245,12 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Plans `models` within `budgets`; `available` is asked only if the budget depends on it.
+    /// Plans `models` within `budgets`, and each within what the device has for weights while it runs;
+    /// `available` is asked only if the budget depends on it.
     pub(crate) fn make(
         models: &[ModelSizes],
         budgets: &Budgets,
+        surroundings: &[Surroundings],
         available: impl FnOnce() -> Result<Bytes>,
     ) -> Result<Self> {
         let weights: u64 = models.iter().map(ModelSizes::total).sum();
@@ -208,15 +263,17 @@ impl Plan {
             Budget::AtLeastMin(bytes) => bytes.0.max(minimum),
             Budget::Percent(percent) => share(weights, percent),
             Budget::Auto => {
-                let half = available()?.0 / 2;
-                if weights <= half { u64::MAX } else { half.max(minimum) }
+                let bytes = available()?.0;
+                if weights <= bytes { u64::MAX } else { bytes.max(minimum) }
             }
         };
         let mut plans = Vec::with_capacity(models.len());
-        for model in models {
-            let mut limit = budget;
+        for (at, model) in models.iter().enumerate() {
+            let around = surroundings.get(at);
+            let total = budget.min(around.map_or(u64::MAX, |a| a.ceiling));
+            let mut asked = budget;
             for (_, cap) in budgets.models.iter().filter(|(name, _)| *name == model.name) {
-                limit = limit.min(match cap {
+                asked = asked.min(match cap {
                     Budget::Min => model.minimum(),
                     Budget::Unlimited | Budget::Auto => u64::MAX,
                     Budget::Bytes(bytes) => bytes.0,
@@ -224,6 +281,7 @@ impl Plan {
                     Budget::Percent(percent) => share(model.total(), *percent),
                 });
             }
+            let limit = asked.min(total);
             if limit < model.minimum() {
                 let (block, largest) = model.largest();
                 return Err(Error::BudgetTooSmall {
@@ -237,13 +295,15 @@ impl Plan {
                 });
             }
             let own = budgets.models.iter().filter(|(name, _)| *name == model.name);
-            let asked = own.map(|(_, cap)| cap).chain([&budgets.total]);
-            let raised = asked.filter_map(|budget| match budget {
+            let given = own.map(|(_, cap)| cap).chain([&budgets.total]);
+            let raised = given.filter_map(|budget| match budget {
                 Budget::AtLeastMin(bytes) if bytes.0 < model.minimum() => Some(*bytes),
                 _ => None,
             });
             let raised = raised.min();
-            plans.push(ModelPlan { raised, ..ModelPlan::make(model, limit) });
+            let costs = around.and_then(|a| a.costs.as_ref());
+            let plan = ModelPlan::make(model, limit, costs);
+            plans.push(ModelPlan { raised, asked: Bytes(asked), total: Bytes(total), ..plan });
         }
         let bytes = |n| Bytes(n);
         Ok(Self {
@@ -286,47 +346,6 @@ impl fmt::Display for Plan {
     }
 }
 
-/// The blocks that stream when `room` bytes are there for all of them: none if all fit; else as many
-/// as must, spread evenly over the pass, so that compute and copies alternate.
-fn choose_streamed(blocks: &[u64], room: u64) -> Vec<usize> {
-    let total: u64 = blocks.iter().sum();
-    if total <= room {
-        return Vec::new();
-    }
-    let largest = blocks.iter().copied().max().unwrap_or(0);
-    let ring = if room >= 2 * largest { 2 * largest } else { largest };
-    let share = room.saturating_sub(ring);
-    let mut resident = vec![false; blocks.len()];
-    let (mut kept, mut owed) = (0, 0f64);
-    for (at, &bytes) in blocks.iter().enumerate() {
-        owed += bytes as f64 * share as f64 / total as f64;
-        if owed >= bytes as f64 && kept + bytes <= share {
-            resident[at] = true;
-            kept += bytes;
-            owed -= bytes as f64;
-        }
-    }
-    // What is left over takes whatever still fits, the largest first.
-    let mut rest: Vec<usize> = (0..blocks.len()).filter(|&b| !resident[b]).collect();
-    rest.sort_by_key(|&b| std::cmp::Reverse(blocks[b]));
-    for b in rest {
-        if kept + blocks[b] <= share {
-            resident[b] = true;
-            kept += blocks[b];
-        }
-    }
-    (0..blocks.len()).filter(|&b| !resident[b]).collect()
-}
-
-/// The sizes of `turns` slots through which `streamed` pass in turn.
-fn slot_sizes(blocks: &[u64], streamed: &[usize], turns: usize) -> Vec<u64> {
-    let mut sizes = vec![0; turns];
-    for (turn, &block) in streamed.iter().enumerate() {
-        sizes[turn % turns] = sizes[turn % turns].max(blocks[block]);
-    }
-    sizes
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -338,6 +357,7 @@ mod tests {
         ModelSizes {
             name: name.into(),
             blocks: std::iter::once(("stem".into(), stem)).chain(named).collect(),
+            expansion: 0,
         }
     }
 
@@ -348,25 +368,25 @@ mod tests {
     #[test]
     fn a_budget_below_the_minimum_names_the_smallest_that_works() {
         let models = [model("a", 10, &[5, 7]), model("b", 40, &[])];
-        let plan = |total| Plan::make(&models, &Budget::Bytes(Bytes(total)).into(), none);
+        let plan = |total| Plan::make(&models, &Budget::Bytes(Bytes(total)).into(), &[], none);
         let error = plan(39).unwrap_err().to_string();
         assert!(error.contains("`b`") && error.contains("works for all models is 40 B"), "{error}");
         assert!(plan(40).is_ok());
-        assert_eq!(Plan::make(&models, &Budget::Min.into(), none).unwrap().budget, Bytes(40));
+        assert_eq!(Plan::make(&models, &Budget::Min.into(), &[], none).unwrap().budget, Bytes(40));
     }
 
     #[test]
     fn a_cap_of_one_model_stands_beside_the_budget() {
         let models = [model("a", 10, &[5, 7, 5]), model("b", 1, &[3, 3])];
         let budgets = Budgets { total: Budget::Unlimited, models: vec![("a".into(), Budget::Min)] };
-        let plan = Plan::make(&models, &budgets, none).unwrap();
+        let plan = Plan::make(&models, &budgets, &[], none).unwrap();
         assert_eq!(plan.models[0].held(), Bytes(17));
         assert_eq!(plan.models[1].residents(), 2);
         let budgets = Budgets {
             total: Budget::Unlimited,
             models: vec![("b".into(), Budget::Bytes(Bytes(3)))],
         };
-        assert!(Plan::make(&models, &budgets, none).is_err());
+        assert!(Plan::make(&models, &budgets, &[], none).is_err());
     }
 
     #[test]
@@ -374,7 +394,7 @@ mod tests {
         let models = [model("a", 10, &[5, 7, 5]), model("b", 1, &[3, 3])];
         let cap = |total, bytes| {
             let caps = vec![("a".to_string(), Budget::AtLeastMin(Bytes(bytes)))];
-            Plan::make(&models, &Budgets { total, models: caps }, none)
+            Plan::make(&models, &Budgets { total, models: caps }, &[], none)
         };
         let plan = cap(Budget::Unlimited, 12).unwrap();
         assert_eq!((plan.models[0].limit, plan.models[0].raised), (Bytes(17), Some(Bytes(12))));
@@ -386,18 +406,44 @@ mod tests {
         // It lifts itself, not the budget of all.
         assert!(cap(Budget::Bytes(Bytes(16)), 12).is_err());
 
-        let plan = Plan::make(&models, &Budget::AtLeastMin(Bytes(12)).into(), none).unwrap();
+        let plan = Plan::make(&models, &Budget::AtLeastMin(Bytes(12)).into(), &[], none).unwrap();
         assert_eq!((plan.budget, plan.models[0].raised), (Bytes(17), Some(Bytes(12))));
         assert_eq!(plan.models[1].raised, None, "12 B are enough for it");
     }
 
     #[test]
-    fn auto_takes_half_of_what_is_available() {
+    fn auto_takes_what_is_available() {
         let models = [model("a", 0, &[50, 50])];
-        let plan = |available| Plan::make(&models, &Budget::Auto.into(), || Ok(Bytes(available)));
-        assert_eq!(plan(200).unwrap().budget, Bytes(u64::MAX));
-        assert_eq!(plan(150).unwrap().budget, Bytes(75));
+        let plan =
+            |available| Plan::make(&models, &Budget::Auto.into(), &[], || Ok(Bytes(available)));
+        assert_eq!(plan(100).unwrap().budget, Bytes(u64::MAX));
+        assert_eq!(plan(75).unwrap().budget, Bytes(75));
         assert_eq!(plan(20).unwrap().budget, Bytes(50)); // the least that works at all
+    }
+
+    #[test]
+    fn what_the_device_has_bounds_each_model() {
+        let models = [model("a", 10, &[5, 7, 5]), model("b", 1, &[3, 3])];
+        let around = |ceiling| Surroundings { ceiling, costs: None };
+        let plan =
+            |a, b| Plan::make(&models, &Budget::Unlimited.into(), &[around(a), around(b)], none);
+        let both = plan(22, 100).unwrap();
+        assert_eq!((both.models[0].streaming_slots(), both.models[1].residents()), (2, 2));
+        assert_eq!(both.models[0].total, Bytes(22));
+        assert!(plan(16, 100).is_err());
+    }
+
+    #[test]
+    fn room_for_one_expanded_weight_is_left() {
+        let sizes = ModelSizes { expansion: 4, ..model("a", 10, &[5, 5, 5]) };
+        let plan = |limit| {
+            let models = std::slice::from_ref(&sizes);
+            Plan::make(models, &Budget::Bytes(Bytes(limit)).into(), &[], none)
+        };
+        assert!(plan(18).is_err());
+        let least = plan(19).unwrap();
+        assert_eq!((least.models[0].held(), least.models[0].residents()), (Bytes(19), 0));
+        assert_eq!(plan(29).unwrap().models[0].residents(), 3);
     }
 
     #[test]
@@ -424,14 +470,14 @@ mod tests {
         ) {
             let sizes = model("m", stem, &blocks);
             let budget = sizes.minimum() + extra;
-            let plan = Plan::make(std::slice::from_ref(&sizes), &Budget::Bytes(Bytes(budget)).into(), none).unwrap();
+            let plan = Plan::make(std::slice::from_ref(&sizes), &Budget::Bytes(Bytes(budget)).into(), &[], none).unwrap();
             let m = &plan.models[0];
             prop_assert!(m.held().0 <= budget);
             for (block, &slot) in m.slot_of.iter().enumerate() {
                 prop_assert!(m.slots[slot].capacity.0 >= sizes.blocks[block].1);
             }
             let streamed: Vec<u64> = (m.slot_of.iter().zip(&sizes.blocks))
-                .filter(|(slot, _)| m.slots[**slot].blocks > 1)
+                .filter(|(slot, _)| m.slots[**slot].turns)
                 .map(|(_, block)| block.1)
                 .collect();
             let largest = *blocks.iter().max().unwrap();

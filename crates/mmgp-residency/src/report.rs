@@ -1,8 +1,8 @@
 //! What happened: counters of a pager, and of the process around it.
 
-use std::{fmt, time::Duration};
+use std::{cmp::Reverse, fmt, time::Duration};
 
-use crate::Bytes;
+use crate::{Bytes, pager::NewBlock};
 
 /// What one model needed.
 #[derive(Clone, Debug)]
@@ -23,11 +23,15 @@ pub struct ModelReport {
     pub peak: Bytes,
     /// What was read from files for it.
     pub read: Bytes,
+    /// What was brought into slots that its blocks take turns in.
+    pub streamed: Bytes,
+    /// In how many copies all that was brought came.
+    pub copies: u64,
     /// Leases of its stem and blocks.
     pub visits: u64,
     /// Of them, those that found the block there since an earlier visit.
     pub hits: u64,
-    /// How long leases waited for a block to arrive.
+    /// How long computing waited for blocks to arrive.
     pub stalled: Duration,
 }
 
@@ -40,8 +44,41 @@ pub struct Report {
     pub peak: Bytes,
     /// Passes that came in another order than in the run before.
     pub deviations: u64,
+    /// Host memory that is page-locked for blocks that stream.
+    pub locked: Bytes,
+    /// Copies to the device.
+    pub copies: u64,
+    /// What was brought into slots that blocks take turns in.
+    pub streamed: Bytes,
+    /// The pager's own time on the thread that computes, without waiting.
+    pub host: Duration,
+    /// How often that thread waited for a block to be fetched.
+    pub waits: u64,
+    /// How many slots were taken from the device.
+    pub taken: u64,
+    /// How often the plan changed between passes.
+    pub replans: u64,
+    /// How often a block ran again after memory was given back.
+    pub reruns: u64,
     /// In the order in which models were added.
     pub models: Vec<ModelReport>,
+}
+
+/// What a steady pass of a model takes, by the schedule of its blocks and copies.
+#[derive(Clone, Debug)]
+pub struct Forecast {
+    /// Bytes a second that reach the device, as copies showed.
+    pub link: f64,
+    /// What streams in a pass.
+    pub streamed: Bytes,
+    /// Seconds of a pass as it is planned.
+    pub schedule: f64,
+    /// Seconds of a pass by the best plan that was found within the same limit.
+    pub best: f64,
+    /// Seconds of a pass outside its blocks.
+    pub outside: f64,
+    /// Each block's name, bytes and seconds of computing.
+    pub blocks: Vec<(String, Bytes, f64)>,
 }
 
 impl fmt::Display for Report {
@@ -95,4 +132,18 @@ pub fn process_peak() -> Option<Bytes> {
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
     let kib: u64 = line.split_whitespace().next()?.parse().ok()?;
     Some(Bytes(kib * 1024))
+}
+
+/// The dtypes of a model's slots, the larger share first.
+pub(crate) fn form(blocks: &[NewBlock]) -> String {
+    let mut sizes: Vec<(u64, &'static str)> = Vec::new();
+    for tensor in blocks.iter().flat_map(|b| &b.image.tensors) {
+        let dtype = tensor.dtype.as_str();
+        match sizes.iter_mut().find(|(_, name)| *name == dtype) {
+            Some((bytes, _)) => *bytes += tensor.bytes(),
+            None => sizes.push((tensor.bytes(), dtype)),
+        }
+    }
+    sizes.sort_unstable_by_key(|(bytes, _)| Reverse(*bytes));
+    sizes.iter().map(|(_, name)| *name).collect::<Vec<_>>().join("+")
 }

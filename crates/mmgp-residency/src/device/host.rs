@@ -8,6 +8,7 @@
 use std::{
     collections::HashMap,
     sync::{Arc, atomic::Ordering},
+    time::Instant,
 };
 
 use candle_core::{CpuStorage, DType, Device as Candle, Storage, Tensor};
@@ -15,7 +16,7 @@ use mmgp_io::Dtype;
 use rayon::prelude::*;
 
 use super::{
-    Device, Occupancy, Slot,
+    Clock, Device, Moved, Occupancy, Slot, VisitTimes,
     read::{no_way, quantize_tensor, read_tensor},
 };
 use crate::{
@@ -66,13 +67,18 @@ impl Device for Host {
         })
     }
 
-    /// What [`HostMemory`] says is available; no limit where the operating system does not tell.
+    /// Half of what [`HostMemory`] says is available; no limit where the operating system does not
+    /// tell.
     fn available(&self) -> Result<Bytes> {
-        Ok(HostMemory::read().map_or(Bytes(u64::MAX), |memory| memory.available))
+        Ok(HostMemory::read().map_or(Bytes(u64::MAX), |memory| Bytes(memory.available.0 / 2)))
+    }
+
+    fn clock(&self) -> Result<Box<dyn Clock>> {
+        Ok(Box::<HostClock>::default())
     }
 
     fn slot(&self, _capacity: Bytes, _: Occupancy) -> Result<Box<dyn Slot>> {
-        Ok(Box::new(HostSlot { readers: self.readers.clone(), held: Vec::new() }))
+        Ok(Box::new(HostSlot { readers: self.readers.clone(), held: Vec::new(), moved: None }))
     }
 }
 
@@ -80,10 +86,40 @@ impl Device for Host {
 struct HostSlot {
     readers: Arc<rayon::ThreadPool>,
     held: Vec<CpuStorage>,
+    moved: Option<Moved>,
+}
+
+/// Computing on the host is done when its call returns, so the wall clock tells.
+#[derive(Default)]
+struct HostClock {
+    asked: Option<Instant>,
+    began: Option<Instant>,
+    last: Option<VisitTimes>,
+}
+
+impl Clock for HostClock {
+    fn asked(&mut self) {
+        self.asked = Some(Instant::now());
+    }
+
+    fn began(&mut self) {
+        self.began = Some(Instant::now());
+    }
+
+    fn ended(&mut self) {
+        if let (Some(asked), Some(began)) = (self.asked, self.began) {
+            self.last = Some(VisitTimes { stalled: began - asked, computed: began.elapsed() });
+        }
+    }
+
+    fn read(&mut self) -> Option<VisitTimes> {
+        self.last.take()
+    }
 }
 
 impl Slot for HostSlot {
     fn fill(&mut self, image: &BlockImage) -> Result<()> {
+        let begun = Instant::now();
         let mut targets = recycle(std::mem::take(&mut self.held), &image.tensors)?;
         let (mut plain, mut pairs) = (Vec::new(), Vec::new());
         let mut all = targets.iter_mut().zip(&image.tensors);
@@ -116,7 +152,12 @@ impl Slot for HostSlot {
             }
             _ => {}
         }
+        self.moved = Some(Moved { bytes: Bytes(image.bytes), copies: 1, took: begun.elapsed() });
         Ok(())
+    }
+
+    fn moved(&mut self) -> Option<Moved> {
+        self.moved.take()
     }
 
     fn digest(&self, tensors: &[ImageTensor]) -> Result<Digest> {

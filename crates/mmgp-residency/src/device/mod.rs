@@ -5,6 +5,8 @@
 //! copy stream behind the event that `unbind` recorded, and `bind` makes the compute stream wait for
 //! them, so that nothing here ever waits on the host for the device.
 
+use std::time::Duration;
+
 use candle_core::{DType, Tensor};
 use mmgp_io::Dtype;
 
@@ -14,13 +16,10 @@ use crate::{BlockImage, Bytes, Digest, ImageTensor, Result};
 #[allow(unsafe_code)]
 pub(crate) mod cuda;
 mod host;
-#[cfg(feature = "cuda")]
-#[allow(unsafe_code)]
-mod pinned;
 mod read;
 
 #[cfg(feature = "cuda")]
-pub use cuda::{Cuda, CudaOptions};
+pub use cuda::{Cuda, CudaOptions, Files, Transfers};
 pub use host::Host;
 
 /// Who lives in a slot.
@@ -44,7 +43,10 @@ pub trait Device: Send + Sync {
     /// this device cannot hold it.
     fn travels_as(&self, stored: Dtype) -> Option<DType>;
 
-    /// Free memory in bytes that a plan may count on, read now.
+    /// Memory in bytes that weights may take where nobody says how much, read now.
+    ///
+    /// # Errors
+    /// Whatever the device refuses.
     fn available(&self) -> Result<Bytes>;
 
     /// A region that holds one block of at most `capacity` bytes at a time. The pager has booked
@@ -53,6 +55,103 @@ pub trait Device: Send + Sync {
     /// # Errors
     /// Memory that is not there.
     fn slot(&self, capacity: Bytes, occupancy: Occupancy) -> Result<Box<dyn Slot>>;
+
+    /// A clock for the visits of one block.
+    ///
+    /// # Errors
+    /// Whatever the device refuses.
+    fn clock(&self) -> Result<Box<dyn Clock>>;
+
+    /// What an operation takes beside the weight while it multiplies by `tensor`.
+    fn expansion(&self, _tensor: &ImageTensor) -> Bytes {
+        Bytes(0)
+    }
+
+    /// What weights and activations may take together, as known now; no limit by default.
+    ///
+    /// # Errors
+    /// Whatever the device refuses.
+    fn ceiling(&self) -> Result<Bytes> {
+        Ok(Bytes(u64::MAX))
+    }
+
+    /// How much should be given back now because others want it.
+    fn shortage(&self) -> Bytes {
+        Bytes(0)
+    }
+
+    /// The most that activations took since the last call.
+    fn take_peak(&self) -> Bytes {
+        Bytes(0)
+    }
+
+    /// Weights will take so much from now on: activations may have the rest of what there is.
+    ///
+    /// # Errors
+    /// Whatever the device refuses.
+    fn share(&self, _weights: Bytes) -> Result<()> {
+        Ok(())
+    }
+
+    /// Gives back what activations took and do not use any more.
+    fn trim(&self) {}
+
+    /// Whether an operation failed because there was no memory left for what it makes.
+    fn is_out_of_memory(&self, _error: &candle_core::Error) -> bool {
+        false
+    }
+
+    /// Whether a slot may be filled while another computes.
+    fn overlaps(&self) -> bool {
+        true
+    }
+
+    /// Host memory that is page-locked for blocks that stream.
+    fn locked(&self) -> Bytes {
+        Bytes(0)
+    }
+
+    /// How much more of it may be.
+    fn lockable(&self) -> Bytes {
+        Bytes(0)
+    }
+}
+
+/// Times the visits of one block on the device, without waiting for it.
+///
+/// The pager calls `asked`, `began` and `ended` in this order, on the thread that computes.
+pub trait Clock: Send {
+    /// Computing needs the block from here on.
+    fn asked(&mut self);
+
+    /// It is there.
+    fn began(&mut self);
+
+    /// What computes on it was queued.
+    fn ended(&mut self);
+
+    /// The times of the last visit, once; `None` as long as it is not over.
+    fn read(&mut self) -> Option<VisitTimes>;
+}
+
+/// How long a visit took on the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VisitTimes {
+    /// That computing waited for the block.
+    pub stalled: Duration,
+    /// That it computed.
+    pub computed: Duration,
+}
+
+/// What was brought into a slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Moved {
+    /// Its bytes.
+    pub bytes: Bytes,
+    /// In so many copies.
+    pub copies: u64,
+    /// From the moment at which the slot was free.
+    pub took: Duration,
 }
 
 /// A region of device memory that holds one block at a time.
@@ -72,6 +171,9 @@ pub trait Slot: Send {
     fn fills_at_once(&self, _image: &BlockImage) -> bool {
         false
     }
+
+    /// What `fill` brought last, once it is there; told once.
+    fn moved(&mut self) -> Option<Moved>;
 
     /// The digest of `tensors`, the first of what the slot was filled with; it is unbound.
     ///

@@ -4,6 +4,8 @@
 use std::ops::Range;
 
 use candle_core::CpuStorage;
+#[cfg(feature = "cuda")]
+use candle_core::DType;
 use half::{bf16, f16, slice::HalfFloatSliceExt};
 use mmgp_io::{Dtype, TensorView};
 use mmgp_quant::Real;
@@ -57,6 +59,22 @@ impl<'a> Target<'a> {
             Self::F32(v) => Target::F32(&mut v[range]),
         }
     }
+}
+
+/// Whether a tensor's bytes in a slot are those of its segments, one behind another.
+#[cfg(feature = "cuda")]
+pub(super) fn is_as_stored(tensor: &ImageTensor) -> bool {
+    let as_it_is = |stored| {
+        matches!(
+            (tensor.dtype, stored),
+            (DType::U8, Dtype::U8 | Dtype::I8)
+                | (DType::BF16, Dtype::BF16)
+                | (DType::F16, Dtype::F16)
+                | (DType::F32, Dtype::F32)
+        )
+    };
+    tensor.making == crate::Making::Values
+        && tensor.segments.iter().all(|s| s.stride.is_none() && as_it_is(s.source.dtype()))
 }
 
 /// Reads a whole tensor.

@@ -98,7 +98,10 @@ impl Pager {
                 }
                 Ok(())
             })
-            .and_then(|()| state.make_plan(&state.budgets, &*self.0.device));
+            .and_then(|()| {
+                let budgets = state.budgets.clone();
+                state.make_plan(&budgets, &*self.0.device)
+            });
         let plan = match plan {
             Ok(plan) => plan,
             Err(error) => {
@@ -108,6 +111,9 @@ impl Pager {
                 return Err(error);
             }
         };
+        for (model, _) in &replaced {
+            state.release_all(*model); // its blocks' bytes are others now
+        }
         let plan = self.adopt(&mut state, plan)?;
         let placeholders: Vec<Vec<Tensor>> = drafts
             .into_iter()
@@ -163,7 +169,7 @@ impl Pager {
 
 impl State {
     /// The model of this name that was added last, if it was not dropped.
-    fn live(&self, name: &str) -> Option<usize> {
+    pub(super) fn live(&self, name: &str) -> Option<usize> {
         self.models.iter().rposition(|m| m.name == name && !m.blocks.is_empty())
     }
 

@@ -10,14 +10,14 @@ use std::{
     ptr::NonNull,
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
 
 use candle_core::cuda_backend::cudarc::driver::{CudaContext, sys};
 use rayon::prelude::*;
 
-use super::cuda::failed;
+use super::failed;
 use crate::{Bytes, Error, Result};
 
 pub(super) const PAGE: usize = 4096;
@@ -29,15 +29,30 @@ const TOUCH: usize = 8 << 20;
 pub(super) struct Locked {
     bytes: AtomicU64,
     limit: u64,
+    /// Whether the driver refused: it is not asked again.
+    refused: AtomicBool,
 }
 
 impl Locked {
     pub(super) fn new(limit: Bytes) -> Self {
-        Self { bytes: AtomicU64::new(0), limit: limit.0 }
+        Self { bytes: AtomicU64::new(0), limit: limit.0, refused: AtomicBool::new(false) }
     }
 
     pub(super) fn bytes(&self) -> Bytes {
         Bytes(self.bytes.load(Ordering::Relaxed))
+    }
+
+    /// How much more may be locked.
+    pub(super) fn left(&self) -> Bytes {
+        match self.works() {
+            true => Bytes(self.limit.saturating_sub(self.bytes().0)),
+            false => Bytes(0),
+        }
+    }
+
+    /// Whether memory can be locked, as far as is known.
+    pub(super) fn works(&self) -> bool {
+        !self.refused.load(Ordering::Relaxed)
     }
 
     /// Books `bytes` if the limit allows it.
@@ -102,7 +117,11 @@ impl Pinned {
             unsafe { sys::cuMemHostRegister_v2(start.as_ptr().cast::<c_void>(), size, 0) }.result()
         });
         if let Err(error) = registered {
-            tracing::warn!("{} cannot be locked ({error}); staged instead", Bytes(size as u64));
+            let size = Bytes(size as u64);
+            tracing::warn!(
+                "{size} of memory cannot be locked ({error}): blocks pass through buffers"
+            );
+            locked.refused.store(true, Ordering::Relaxed);
             // SAFETY: allocated above with this layout, and nobody else knows it.
             unsafe { dealloc(start.as_ptr(), layout) };
             return Ok(None);

@@ -17,7 +17,7 @@ use candle_core::cuda_backend::cudarc::driver::{CudaContext, sys};
 use mmgp_io::SourceFile;
 
 use super::{
-    cuda::failed,
+    failed,
     pinned::{Booked, Locked, PAGE},
 };
 
@@ -36,7 +36,9 @@ impl Registrar {
         use sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_READ_ONLY_HOST_REGISTER_SUPPORTED as ASKED;
         let supported = context.attribute(ASKED).is_ok_and(|value| value != 0);
         if wanted && !supported {
-            tracing::info!("this driver registers no files: their blocks are copied to locked memory");
+            tracing::info!(
+                "this driver registers no files: their blocks are copied to locked memory"
+            );
         }
         let works = AtomicBool::new(wanted && supported);
         Self { context: context.clone(), locked: locked.clone(), works }
@@ -66,7 +68,9 @@ impl Registrar {
         });
         if let Err(error) = registered {
             let path = file.path().display();
-            tracing::warn!("{path} cannot be registered ({error}): copied to locked memory instead");
+            tracing::warn!(
+                "{path} cannot be registered ({error}): copied to locked memory instead"
+            );
             self.works.store(false, Ordering::Relaxed);
             return None;
         }

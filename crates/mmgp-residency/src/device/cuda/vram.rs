@@ -1,0 +1,289 @@
+//! Who takes VRAM: weights, activations, and the driver's own; what is left for the first two.
+//!
+//! Weights are plain allocations, counted here. Activations come from a pool that is made the device's
+//! current one: it can be capped, and it says how much it reserved at most. What is free is read from
+//! the driver by a thread of its own every few milliseconds, so that nobody who computes waits for it.
+
+use std::{
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use candle_core::cuda_backend::cudarc::driver::{CudaContext, DriverError, result, sys};
+use parking_lot::Mutex;
+
+use super::failed;
+use crate::{Bytes, Result};
+
+/// The driver maps memory in pages of this size.
+const PAGE: u64 = 2 << 20;
+/// How often free memory is read.
+const PERIOD: Duration = Duration::from_millis(10);
+/// What libraries take after the context was made (modules, workspaces), before it was measured.
+const LIBRARIES: u64 = 384_000_000;
+
+/// The VRAM of one GPU, as this process uses it.
+pub(super) struct Vram {
+    context: Arc<CudaContext>,
+    limit: Option<u64>,
+    margin: u64,
+    /// Taken by the context when it was opened.
+    base: u64,
+    /// Free when it had been opened.
+    free_at_start: u64,
+    /// What libraries took since, as far as is known.
+    libraries: AtomicU64,
+    weights: AtomicU64,
+    /// As the watching thread read it last.
+    free: AtomicU64,
+    /// Given back since then.
+    given: AtomicU64,
+    pool: Mutex<Pool>,
+}
+
+/// Where activations come from.
+struct Pool {
+    handle: sys::CUmemoryPool,
+    /// The pool that was current before.
+    before: sys::CUmemoryPool,
+    cap: u64,
+    high: u64,
+}
+
+// SAFETY: handles of pools may be used from any thread.
+unsafe impl Send for Pool {}
+
+impl Vram {
+    /// `base` is what the context takes, if that is known.
+    pub(super) fn new(
+        context: &Arc<CudaContext>,
+        limit: Option<Bytes>,
+        margin: Bytes,
+        base: u64,
+    ) -> Result<Arc<Self>> {
+        let (free, _) = context.mem_get_info().map_err(|e| failed("free memory", e))?;
+        let pool = Pool::new(context, 0).map_err(|e| failed("a memory pool", e))?;
+        let vram = Arc::new(Self {
+            context: context.clone(),
+            limit: limit.map(|l| l.0),
+            margin: margin.0,
+            base,
+            free_at_start: free as u64,
+            libraries: AtomicU64::new(LIBRARIES),
+            weights: AtomicU64::new(0),
+            free: AtomicU64::new(free as u64),
+            given: AtomicU64::new(0),
+            pool: Mutex::new(pool),
+        });
+        let watched = Arc::downgrade(&vram);
+        std::thread::Builder::new()
+            .name("mmgp-vram".into())
+            .spawn(move || watch(&watched))
+            .map_err(|e| crate::Error::Device(format!("no thread to watch memory: {e}")))?;
+        Ok(vram)
+    }
+
+    /// A plain allocation for weights.
+    pub(super) fn take(&self, size: usize) -> Result<sys::CUdeviceptr> {
+        self.context.bind_to_thread().map_err(|e| failed("binding the GPU", e))?;
+        // SAFETY: the context was bound to this thread.
+        let mut start = unsafe { result::malloc_sync(size) };
+        if start.is_err() {
+            // What the pool reserved and does not use may be what is missing.
+            self.pool.lock().trim();
+            // SAFETY: as above.
+            start = unsafe { result::malloc_sync(size) };
+        }
+        let what = || format!("{} of VRAM for a slot", Bytes(size as u64));
+        let start = start.map_err(|e| failed(&what(), e))?;
+        self.weights.fetch_add(paged(size), Ordering::Relaxed);
+        Ok(start)
+    }
+
+    /// Gives back what [`take`](Self::take) took, which nothing uses any more.
+    pub(super) fn give_back(&self, start: sys::CUdeviceptr, size: usize) {
+        let freed = self.context.bind_to_thread().and_then(|()| {
+            // SAFETY: allocated by `take`, unused, given back once.
+            unsafe { result::free_sync(start) }
+        });
+        match freed {
+            Ok(()) => {
+                self.weights.fetch_sub(paged(size), Ordering::Relaxed);
+                self.given.fetch_add(paged(size), Ordering::Relaxed);
+            }
+            Err(error) => tracing::error!("a slot cannot be given back: {error}"),
+        }
+    }
+
+    /// What weights and activations may take together.
+    pub(super) fn ceiling(&self) -> u64 {
+        let ours = self.weights.load(Ordering::Relaxed) + self.pool.lock().reserved();
+        let free = self.free.load(Ordering::Relaxed) + self.given.load(Ordering::Relaxed);
+        let card = (ours + free).saturating_sub(self.margin);
+        match self.limit {
+            Some(limit) => {
+                let others = self.base + self.libraries.load(Ordering::Relaxed);
+                card.min(limit.saturating_sub(others))
+            }
+            None => card,
+        }
+    }
+
+    /// How much is missing to the margin now.
+    pub(super) fn shortage(&self) -> u64 {
+        let free = self.free.load(Ordering::Relaxed) + self.given.load(Ordering::Relaxed);
+        self.margin.saturating_sub(free)
+    }
+
+    /// Reads what is free now, and waits for no one to do so.
+    pub(super) fn look(&self) -> Result<()> {
+        let (free, _) = self.context.mem_get_info().map_err(|e| failed("free memory", e))?;
+        self.free.store(free as u64, Ordering::Relaxed);
+        self.given.store(0, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// The most that activations reserved since the last call; from here on it is counted anew.
+    pub(super) fn take_peak(&self) -> u64 {
+        let mut pool = self.pool.lock();
+        let high = pool.reserved().max(pool.high);
+        pool.high = 0;
+        if self.limit.is_some() {
+            self.measure_libraries(high);
+        }
+        high
+    }
+
+    /// What libraries take shows once something has run: what is gone and is neither ours nor the
+    /// context's. Others may take and give back beside us, so the least that was seen counts.
+    fn measure_libraries(&self, reserved: u64) {
+        let ours = self.weights.load(Ordering::Relaxed) + reserved;
+        let free = self.free.load(Ordering::Relaxed);
+        let gone = self.free_at_start.saturating_sub(free).saturating_sub(ours);
+        // Never none: the driver rounds.
+        let seen = gone.max(32 << 20);
+        self.libraries.fetch_min(seen + (seen >> 3), Ordering::Relaxed);
+    }
+
+    /// Lets activations have what `weights` leave of the ceiling, if there is a limit to keep; gives back
+    /// what the pool does not use.
+    pub(super) fn share(&self, weights: u64) -> Result<()> {
+        let Some(limit) = self.limit else { return Ok(()) };
+        let others = self.base + self.libraries.load(Ordering::Relaxed);
+        let cap = limit.saturating_sub(others).saturating_sub(weights).max(PAGE);
+        let mut pool = self.pool.lock();
+        if pool.cap != 0 && pool.cap <= cap && cap - pool.cap < 64 << 20 {
+            return Ok(());
+        }
+        let high = pool.reserved().max(pool.high);
+        // What is in use stays where it is; the new pool gets what that leaves.
+        pool.trim();
+        let rest = cap.saturating_sub(pool.reserved()).max(PAGE);
+        let mut new = Pool::new(&self.context, rest).map_err(|e| failed("a memory pool", e))?;
+        (new.before, new.high) = (pool.before, high);
+        let old = std::mem::replace(&mut *pool, new);
+        old.destroy();
+        Ok(())
+    }
+
+    /// Gives back what activations reserved and do not use.
+    pub(super) fn trim(&self) {
+        self.pool.lock().trim();
+    }
+
+    /// What weights, activations and everything else of this process take, as far as is known.
+    pub(super) fn used(&self) -> u64 {
+        let ours = self.weights.load(Ordering::Relaxed) + self.pool.lock().reserved();
+        ours + self.base + self.libraries.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for Vram {
+    fn drop(&mut self) {
+        let pool = self.pool.get_mut();
+        let ended = self.context.bind_to_thread().and_then(|()| {
+            // SAFETY: the device is that of the context; the pool that was current before lives.
+            unsafe {
+                let device = self.context.cu_device();
+                if result::device::get_mem_pool(device)? == pool.handle {
+                    result::device::set_mem_pool(device, pool.before)?;
+                }
+                result::mem_pool::destroy(pool.handle)
+            }
+        });
+        if let Err(error) = ended {
+            tracing::error!("a memory pool stays: {error}");
+        }
+    }
+}
+
+impl Pool {
+    /// A pool of at most `cap` bytes (0: no limit), made the device's current one.
+    fn new(context: &Arc<CudaContext>, cap: u64) -> std::result::Result<Self, DriverError> {
+        context.bind_to_thread()?;
+        // SAFETY: plain numbers, of which zero is a value.
+        let mut props: sys::CUmemPoolProps = unsafe { std::mem::zeroed() };
+        props.allocType = sys::CUmemAllocationType::CU_MEM_ALLOCATION_TYPE_PINNED;
+        props.location.type_ = sys::CUmemLocationType::CU_MEM_LOCATION_TYPE_DEVICE;
+        props.location.id = context.ordinal() as i32;
+        // Whole pages of the pool's own, which are larger than the card's.
+        props.maxSize =
+            (cap / (16 * PAGE) * (16 * PAGE)).max(if cap == 0 { 0 } else { 16 * PAGE }) as usize;
+        // SAFETY: the device is that of the context just bound; the attribute is a u64.
+        unsafe {
+            let device = context.cu_device();
+            let before = result::device::get_mem_pool(device)?;
+            let handle = result::mem_pool::create(&raw const props)?;
+            let mut most = u64::MAX;
+            // Giving back at each synchronization would cost milliseconds a block.
+            let keep = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+            result::mem_pool::set_attribute(handle, keep, (&raw mut most).cast())?;
+            result::device::set_mem_pool(device, handle)?;
+            Ok(Self { handle, before, cap, high: 0 })
+        }
+    }
+
+    fn reserved(&self) -> u64 {
+        let mut bytes = 0u64;
+        let which = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT;
+        // SAFETY: the pool lives as long as this; the attribute is a u64.
+        let read =
+            unsafe { result::mem_pool::get_attribute(self.handle, which, (&raw mut bytes).cast()) };
+        read.map_or(0, |()| bytes)
+    }
+
+    fn trim(&mut self) {
+        self.high = self.high.max(self.reserved());
+        // SAFETY: the pool lives as long as this.
+        if let Err(error) = unsafe { result::mem_pool::trim_to(self.handle, 0) } {
+            tracing::warn!("activations' memory cannot be given back: {error}");
+        }
+    }
+
+    /// Ends a pool that is not current any more; what is in use stays until it is freed.
+    fn destroy(self) {
+        // SAFETY: nobody takes from it any more.
+        if let Err(error) = unsafe { result::mem_pool::destroy(self.handle) } {
+            tracing::error!("a memory pool stays: {error}");
+        }
+    }
+}
+
+/// What an allocation takes of the card.
+fn paged(size: usize) -> u64 {
+    (size as u64).next_multiple_of(PAGE)
+}
+
+/// Reads free memory until nobody asks any more.
+fn watch(vram: &Weak<Vram>) {
+    loop {
+        std::thread::sleep(PERIOD);
+        let Some(vram) = vram.upgrade() else { return };
+        if let Err(error) = vram.look() {
+            tracing::debug!("{error}");
+        }
+    }
+}

@@ -1,0 +1,134 @@
+//! What a model's passes cost, as its blocks' clocks and slots tell: what the schedule is made of.
+
+use std::time::Duration;
+
+use crate::{
+    Device,
+    device::{Clock, Moved, VisitTimes},
+    schedule::Costs,
+};
+
+/// Copies of fewer bytes say nothing about the rate of the link.
+const TELLING: u64 = 1 << 20;
+
+/// The times of one model's blocks, the stem first.
+#[derive(Default)]
+pub(super) struct Timing {
+    blocks: Vec<Block>,
+    /// Seconds of the last whole pass outside its blocks.
+    outside: f64,
+    link: Meter,
+    /// That computing waited for blocks, over all visits that were read.
+    pub(super) stalled: Duration,
+}
+
+#[derive(Default)]
+struct Block {
+    clock: Option<Box<dyn Clock>>,
+    /// Seconds of the last two visits, the very first not among them: it pays for whatever is made once.
+    seconds: [Option<f64>; 2],
+    visits: u64,
+}
+
+/// Bytes over seconds, of which older ones count less.
+#[derive(Default)]
+struct Meter {
+    bytes: f64,
+    seconds: f64,
+}
+
+impl Timing {
+    /// A pass begins: whatever is over by now is read.
+    pub(super) fn begin_pass(&mut self) {
+        self.link.bytes *= 0.5;
+        self.link.seconds *= 0.5;
+        let mut inside = Some(0.);
+        for block in 1..self.blocks.len() {
+            let read = self.read(block).map(|v| (v.stalled + v.computed).as_secs_f64());
+            inside = inside.zip(read).map(|(sum, seconds)| sum + seconds);
+        }
+        if !self.blocks.is_empty()
+            && let Some(pass) = self.read(0)
+            && let Some(inside) = inside
+        {
+            self.outside = (pass.computed.as_secs_f64() - inside).max(0.);
+        }
+    }
+
+    /// Computing needs the block now.
+    pub(super) fn asked(&mut self, block: usize, device: &dyn Device) {
+        if self.blocks.len() <= block {
+            self.blocks.resize_with(block + 1, Block::default);
+        }
+        self.read(block);
+        let clock = &mut self.blocks[block].clock;
+        if clock.is_none() {
+            match device.clock() {
+                Ok(new) => *clock = Some(new),
+                Err(error) => tracing::debug!("blocks are not timed: {error}"),
+            }
+        }
+        if let Some(clock) = clock {
+            clock.asked();
+        }
+    }
+
+    /// It is there.
+    pub(super) fn began(&mut self, block: usize) {
+        if let Some(clock) = self.clock(block) {
+            clock.began();
+        }
+    }
+
+    /// What computes on it was queued.
+    pub(super) fn ended(&mut self, block: usize) {
+        if let Some(clock) = self.clock(block) {
+            clock.ended();
+        }
+    }
+
+    /// A block that streams was copied.
+    pub(super) fn moved(&mut self, moved: Moved) {
+        let seconds = moved.took.as_secs_f64();
+        if moved.bytes.0 >= TELLING && seconds > 0. {
+            self.link.bytes += moved.bytes.0 as f64;
+            self.link.seconds += seconds;
+        }
+    }
+
+    /// Reads all visits that are over.
+    pub(super) fn read_all(&mut self) {
+        for block in 0..self.blocks.len() {
+            self.read(block);
+        }
+    }
+
+    /// What a pass over `blocks` blocks costs, once each was measured and something was copied.
+    pub(super) fn costs(&self, blocks: usize) -> Option<Costs> {
+        let measured = self.blocks.get(1..=blocks)?;
+        let least = |b: &Block| match b.seconds {
+            [Some(a), Some(b)] => Some(a.min(b)),
+            [a, b] => a.or(b),
+        };
+        let blocks = measured.iter().map(least).collect::<Option<Vec<f64>>>()?;
+        let link = self.link.bytes / self.link.seconds;
+        (link.is_finite() && link > 0.).then_some(Costs { blocks, outside: self.outside, link })
+    }
+
+    fn clock(&mut self, block: usize) -> Option<&mut Box<dyn Clock>> {
+        self.blocks.get_mut(block)?.clock.as_mut()
+    }
+
+    fn read(&mut self, block: usize) -> Option<VisitTimes> {
+        let b = self.blocks.get_mut(block)?;
+        let times = b.clock.as_mut()?.read()?;
+        b.visits += 1;
+        if b.visits > 1 {
+            b.seconds = [Some(times.computed.as_secs_f64()), b.seconds[0]];
+        }
+        if block > 0 {
+            self.stalled += times.stalled;
+        }
+        Some(times)
+    }
+}
