@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs what `cargo xtask bundle` packed, on a machine with a GPU and without Rust. Called from the root of a
 # checkout: vectors and the demo are read from there. Logs go to $OUT (default: out); the exit code is 1 if
-# anything failed. With names as arguments, only those tests run.
+# anything failed. With names as arguments, only those tests run; with none, the command draws too.
 set -uo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
@@ -38,4 +38,14 @@ for test in "$here"/tests/*; do
         failed=1
     fi
 done
+if [ $# -eq 0 ]; then
+    draw=("$here/mmgp-cuda" generate "red heart" --device cuda --out "$out/red-heart.png")
+    if timeout "${LIMIT:-240}" "${draw[@]}" >"$out/mmgp-cuda.log" 2>&1; then
+        echo "mmgp-cuda: ok"
+    else
+        echo "mmgp-cuda: FAILED ($?)"
+        tail -n 40 "$out/mmgp-cuda.log"
+        failed=1
+    fi
+fi
 exit $failed

@@ -1,5 +1,8 @@
 //! One archive for a GPU machine that has no Rust: the command, the tests that need a GPU, and a script
 //! that runs them. Vectors and the demo are read from the checkout that it is unpacked in.
+//!
+//! The command is the CUDA build and is packed under the name that the CPU build looks for beside itself,
+//! `mmgp-cuda`. The CPU build is not packed: it would take a second build of candle and 2.7 MB.
 
 use std::{
     fs,
@@ -82,6 +85,7 @@ fn build() -> Result<Vec<(String, PathBuf, bool)>> {
         let wanted = name.starts_with("cuda") || ON_ANY_DEVICE.contains(&name);
         let is_test = is("test") && wanted;
         if is_test || (is("bin") && name == "mmgp" && line["profile"]["test"] == false) {
+            let name = if is_test { name } else { "mmgp-cuda" };
             found.push((name.to_string(), Path::new(built).to_path_buf(), is_test));
         }
     }

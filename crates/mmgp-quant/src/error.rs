@@ -45,6 +45,36 @@ pub enum Error {
         /// The dtypes that would do.
         expected: &'static str,
     },
+    /// A GPU that the kernels do not run on.
+    #[error(
+        "{name} (sm_{}{}): mmgp needs compute capability 8.0 or newer (an RTX 30, an A100, or what \
+         came after them)",
+        capability.0,
+        capability.1
+    )]
+    OldCard {
+        /// The GPU's name.
+        name: String,
+        /// Its compute capability.
+        capability: (i32, i32),
+    },
+    /// A kernel of the GPU computes something else than the CPU.
+    #[error(
+        "self-test: kernel `{kernel}` on {shape:?}, element {at}: expected {expected}, found {found}; \
+         the GPU, its driver or this build computes wrongly: try another driver, or the CPU"
+    )]
+    Kernel {
+        /// The kernel's name.
+        kernel: String,
+        /// The shape of its output.
+        shape: [usize; 2],
+        /// The first element that differs, counted through the memory that was compared.
+        at: usize,
+        /// What the CPU computes.
+        expected: f32,
+        /// What the GPU computed.
+        found: f32,
+    },
     /// A request that no file could satisfy: a mistake in a config or a model.
     #[error("{0}")]
     Invalid(String),

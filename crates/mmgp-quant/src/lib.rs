@@ -21,6 +21,8 @@
 //! # }
 //! ```
 
+#[cfg(any(test, feature = "cuda"))]
+mod card;
 mod error;
 mod format;
 mod formats;
@@ -28,16 +30,24 @@ mod kernels;
 mod linear;
 mod low_rank;
 mod policy;
+#[cfg(any(test, feature = "cuda"))]
+mod self_test;
 mod side;
 mod target;
 mod weights;
 
+#[cfg(any(test, feature = "cuda"))]
+pub use card::Card;
 pub use error::{Error, Result};
 pub use format::{Format, QuantTensor, formats};
+#[cfg(feature = "cuda")]
+pub use kernels::cuda::kernel_image;
 pub use kernels::int8::{NotFinite, Real, decode, quantize, quantize_rows};
 pub use linear::{Bias, Linear};
 pub use low_rank::{Band, add_low_rank};
 pub use policy::QuantPolicy;
+#[cfg(feature = "cuda")]
+pub use self_test::self_test;
 pub use side::{Side, SideSlot};
 pub use target::{Target, TargetPart};
 pub use weights::{Form, MemorySource, Part, Source, Stored, Weights, join_parts};

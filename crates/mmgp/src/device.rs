@@ -8,7 +8,8 @@ use mmgp_residency::Pager;
 /// The device that models run on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum DeviceChoice {
-    /// The first GPU if this build pages on GPUs and one can be opened, else the CPU.
+    /// The first GPU if this build pages on GPUs, one can be opened, and its kernels pass their self-test;
+    /// else the CPU.
     #[default]
     Auto,
     /// The CPU, in f32.
@@ -24,7 +25,13 @@ impl DeviceChoice {
             Self::Cpu => Pager::new(&Device::Cpu),
             Self::Cuda(ordinal) => cuda(ordinal),
             Self::Auto => cuda(0).or_else(|error| {
-                tracing::info!("running on the CPU: {error}");
+                use mmgp_residency::Error::Quant;
+                match &error {
+                    Quant(e) if matches!(**e, mmgp_quant::Error::Kernel { .. }) => {
+                        tracing::warn!("running on the CPU: {error}");
+                    }
+                    _ => tracing::info!("running on the CPU: {error}"),
+                }
                 Pager::new(&Device::Cpu)
             }),
         }
@@ -33,8 +40,34 @@ impl DeviceChoice {
 
 #[cfg(feature = "cuda")]
 fn cuda(ordinal: usize) -> mmgp_residency::Result<Pager> {
-    use mmgp_residency::{Cuda, CudaOptions};
-    Pager::over(Cuda::new(&CudaOptions { ordinal, ..CudaOptions::default() })?)
+    use mmgp_residency::{Cuda, CudaOptions, Device as _};
+    let card = mmgp_quant::Card::of(ordinal)?;
+    let cuda = Cuda::new(&CudaOptions { ordinal, ..CudaOptions::default() })?;
+    if let Device::Cuda(device) = cuda.candle() {
+        self_test(&card, device)?;
+    }
+    Pager::over(cuda)
+}
+
+/// Tests the kernels on the card, once for this card, driver and build.
+#[cfg(feature = "cuda")]
+fn self_test(
+    card: &mmgp_quant::Card,
+    device: &candle_core::CudaDevice,
+) -> Result<(), mmgp_quant::Error> {
+    use crate::{Store, tested};
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
+    let subject = tested::driver_in(&maps).map(|driver| tested::Subject {
+        card: format!("{} (sm_{}{})", card.name, card.capability.0, card.capability.1),
+        driver,
+        version: env!("CARGO_PKG_VERSION").into(),
+        kernels: blake3::hash(mmgp_quant::kernel_image()).to_hex().to_string(),
+    });
+    let folder = Store::of_user().map(|store| store.folder().join("self-test"));
+    tested::once(folder.as_deref(), subject.as_ref(), || {
+        tracing::info!("testing the kernels on {}", card.name);
+        mmgp_quant::self_test(device)
+    })
 }
 
 #[cfg(not(feature = "cuda"))]

@@ -42,6 +42,8 @@ mod error;
 mod offload;
 mod picture;
 mod store;
+#[cfg(any(test, feature = "cuda"))]
+mod tested;
 
 pub use convert::Converted;
 pub use device::DeviceChoice;

@@ -5,13 +5,22 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 mod commands;
+#[cfg(not(feature = "cuda"))]
+mod sibling;
+
+/// Tells the two builds of the command apart.
+const VERSION: &str = if cfg!(feature = "cuda") {
+    concat!(env!("CARGO_PKG_VERSION"), " (CUDA)")
+} else {
+    env!("CARGO_PKG_VERSION")
+};
 
 /// Runs generative models that are larger than the machine.
 ///
 /// Weights are paged: of a model only the blocks that the memory budget has room for are in memory
 /// at once, the next one is fetched while one computes. Results do not depend on the budget.
 #[derive(Parser)]
-#[command(version, max_term_width = 100)]
+#[command(version = VERSION, max_term_width = 100)]
 struct Cli {
     #[command(subcommand)]
     command: Command,

@@ -159,10 +159,10 @@ impl CustomOp3 for Product {
 }
 
 /// `code · scale` of a whole weight, rounded once to `dtype`; on the CPU that is the scale's.
-struct Decode {
+pub(crate) struct Decode {
     // Only kernels of GPUs can round to another dtype than the scale's.
     #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
-    dtype: DType,
+    pub(crate) dtype: DType,
 }
 
 impl CustomOp2 for Decode {

@@ -61,7 +61,8 @@ pub(crate) struct Args {
     #[arg(long, value_name = "TOKENS")]
     max_sequence_length: Option<usize>,
 
-    /// Where to run: auto (a GPU if there is one), cpu, cuda or cuda:N
+    /// Where to run: auto (a GPU if there is one), cpu, cuda or cuda:N. GPUs need `mmgp-cuda` beside
+    /// this command, or a build for CUDA
     #[arg(long, default_value_t)]
     device: DeviceChoice,
 
@@ -119,6 +120,12 @@ impl Args {
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
+    #[cfg(not(feature = "cuda"))]
+    crate::sibling::hand_over(args.device, |why| {
+        if !args.is_quiet() {
+            eprintln!("{why}");
+        }
+    })?;
     let mut names = match &args.out {
         Some(out) => Names::at(out, &args.prompt)?,
         None => Names::of_prompt(&args.prompt),

@@ -16,7 +16,10 @@ use candle_core::{
     cuda_backend::{
         CudaDType, WrapErr,
         cudarc::{
-            driver::{CudaFunction, CudaModule, CudaView, DeviceRepr, LaunchConfig, PushKernelArg},
+            driver::{
+                CudaFunction, CudaModule, CudaView, DeviceRepr, LaunchConfig, PushKernelArg,
+                result, sys,
+            },
             nvrtc::Ptx,
         },
     },
@@ -27,6 +30,11 @@ use parking_lot::Mutex;
 /// Machine code and PTX of `int8.cu`.
 static KERNELS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/int8.fatbin"));
 
+/// The kernels as they were compiled: what a self-test's result is about, beside the card and the driver.
+pub fn kernel_image() -> &'static [u8] {
+    KERNELS
+}
+
 /// Threads of a block.
 const BLOCK: u32 = 256;
 /// Blocks along x at most; threads step over what is left.
@@ -35,7 +43,8 @@ const GRID_X: u64 = 1 << 20;
 const GRID_Y: u64 = 65_535;
 
 /// A kernel by its name. Modules are kept for the life of the process, by the address of their
-/// context; each holds its context, so an address never comes to mean another one.
+/// context; each holds its context, so an address never comes to mean another one. (candle's device
+/// keeps modules too, but takes text alone, which the driver would have to compile.)
 fn function(dev: &CudaDevice, name: &str) -> Result<CudaFunction> {
     static MODULES: OnceLock<Mutex<HashMap<usize, Arc<CudaModule>>>> = OnceLock::new();
     let stream = dev.cuda_stream();
@@ -61,6 +70,29 @@ fn short(dtype: DType) -> Result<&'static str> {
         DType::F32 => "f32",
         other => bail!("linear: {other:?} is not computed on CUDA, or the weight is not leased"),
     })
+}
+
+/// The name and the compute capability of the GPU that the driver counts as `ordinal`; no context is made.
+pub(crate) fn card(ordinal: usize) -> Result<(String, (i32, i32))> {
+    use sys::CUdevice_attribute::{
+        CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR as MAJOR,
+        CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR as MINOR,
+    };
+    result::init().w()?;
+    let gpu = result::device::get(ordinal.try_into().unwrap_or(i32::MAX)).w()?;
+    // SAFETY: `get` gave this device.
+    let attribute = |which| unsafe { result::device::get_attribute(gpu, which) }.w();
+    Ok((result::device::get_name(gpu).w()?, (attribute(MAJOR)?, attribute(MINOR)?)))
+}
+
+/// The kernel that expands codes by scales of the dtype `scale` to `to`.
+pub(crate) fn expand_name(scale: DType, to: DType) -> Result<String> {
+    Ok(format!("expand_{}_{}", short(scale)?, short(to)?))
+}
+
+/// The kernel that adds biases.
+pub(crate) fn add_bias_name(dtype: DType) -> Result<String> {
+    Ok(format!("add_bias_{}", short(dtype)?))
 }
 
 /// What `layout` shows of a storage that must be contiguous and hold `T`.
@@ -111,7 +143,7 @@ fn expand_to<S: CudaDType + DeviceRepr, T: CudaDType + DeviceRepr>(
 ) -> Result<(CudaStorage, Shape)> {
     let (outputs, inputs) = lc.shape().dims2()?;
     let dev = codes.device();
-    let name = format!("expand_{}_{}", short(scales.dtype())?, short(dtype)?);
+    let name = expand_name(scales.dtype(), dtype)?;
     let (codes, scales) = (view::<u8>(codes, lc)?, view::<S>(scales, ls)?);
     if scales.len() != outputs {
         bail!("int8: {} scales for {outputs} outputs", scales.len());
@@ -168,7 +200,7 @@ fn add_bias<T: CudaDType + DeviceRepr>(
 ) -> Result<()> {
     let (rows, outputs) = ly.shape().dims2()?;
     let dev = y.device().clone();
-    let name = format!("add_bias_{}", short(y.dtype())?);
+    let name = add_bias_name(y.dtype())?;
     let bias = view::<T>(bias, lb)?;
     if bias.len() != outputs {
         bail!("linear: {} biases for {outputs} outputs", bias.len());

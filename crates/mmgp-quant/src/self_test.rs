@@ -1,0 +1,262 @@
+//! The kernels of GPUs against their twins on the CPU.
+//!
+//! Machine code that was compiled ahead, or by the driver from PTX, is trusted on a card only after each kernel
+//! was seen to compute there what the CPU computes: each does one f32 operation an element and rounds it once,
+//! so the bits must be the same. Shapes cut every path: vectors of 16 bytes and their ragged ends, rows that
+//! begin inside a vector, operands that begin at no multiple of 16 bytes, more rows than a grid has.
+
+use candle_core::DType;
+use half::{bf16, f16};
+
+use crate::{Error, Result, kernels::int8};
+
+/// The dtypes that kernels exist for.
+const DTYPES: [DType; 3] = [DType::BF16, DType::F16, DType::F32];
+
+/// Runs each kernel on random data of awkward shapes and compares with the CPU, bit for bit.
+///
+/// Takes milliseconds, and on cards for which there is no machine code the driver's compilation of PTX, which it
+/// keeps. Which results may be kept, and for how long, is the caller's affair: they hold for one card, one
+/// driver and one [`kernel_image`](crate::kernel_image).
+///
+/// # Errors
+/// [`Error::Kernel`] names the first kernel that computes something else, with its shape, what was expected and
+/// what was found; [`Error::Candle`] one that cannot be loaded or started.
+#[cfg(feature = "cuda")]
+pub fn self_test(device: &candle_core::CudaDevice) -> Result<()> {
+    for (outputs, inputs, skipped) in EXPANDED {
+        for scale in DTYPES {
+            for to in DTYPES {
+                on_gpu::expand(device, (outputs, inputs), skipped, scale, to)?;
+            }
+        }
+    }
+    for (rows, outputs, skipped) in BIASED {
+        for dtype in DTYPES {
+            on_gpu::add_bias(device, (rows, outputs), skipped, dtype)?;
+        }
+    }
+    Ok(())
+}
+
+/// `(outputs, inputs, skipped)` of codes that are expanded: so many lie before them in one allocation.
+const EXPANDED: [(usize, usize, usize); 8] = [
+    (1, 1, 0),
+    (1, 37, 0),
+    (5, 7, 0),
+    (3, 16, 0),
+    (33, 129, 0),
+    (7, 48, 3),
+    (64, 257, 16),
+    (257, 1000, 1),
+];
+
+/// `(rows, outputs, skipped)` of products that a bias is added to.
+const BIASED: [(usize, usize, usize); 7] =
+    [(1, 1, 0), (3, 7, 0), (17, 24, 0), (17, 24, 1), (300, 33, 8), (5, 4096, 0), (66_000, 8, 0)];
+
+/// Values of both signs between 1/16 and 16, the same for the same seed, rounded to `dtype`.
+fn values(len: usize, seed: u32, dtype: DType) -> Vec<f32> {
+    let mut values = Vec::with_capacity(len);
+    for i in 0..len as u32 {
+        let bits = scattered(i, seed);
+        let mantissa = 1. + (bits & 0x7f_ffff) as f32 / 8_388_608.;
+        let exponent = (bits >> 23 & 7) as i32 - 4;
+        let sign = if bits >> 31 == 0 { 1. } else { -1. };
+        values.push(sign * mantissa * 2f32.powi(exponent));
+    }
+    round(&mut values, dtype);
+    values
+}
+
+fn codes(len: usize) -> Vec<u8> {
+    (0..len as u32).map(|i| (scattered(i, 5) >> 24) as u8).collect()
+}
+
+fn scattered(i: u32, seed: u32) -> u32 {
+    let mixed = (i ^ seed.wrapping_mul(0x9e37_79b9)).wrapping_mul(0x85eb_ca6b);
+    (mixed ^ mixed >> 15).wrapping_mul(0xc2b2_ae35) ^ mixed >> 13
+}
+
+fn round(values: &mut [f32], dtype: DType) {
+    match dtype {
+        DType::BF16 => values.iter_mut().for_each(|v| *v = bf16::from_f32(*v).to_f32()),
+        DType::F16 => values.iter_mut().for_each(|v| *v = f16::from_f32(*v).to_f32()),
+        _ => {}
+    }
+}
+
+/// What `expand_*` computes, widened.
+fn expanded(codes: &[u8], inputs: usize, scales: &[f32], dtype: DType) -> Vec<f32> {
+    let mut weight = vec![0.; codes.len()];
+    int8::expand(codes, inputs, scales, &mut weight);
+    round(&mut weight, dtype);
+    weight
+}
+
+/// What `add_bias_*` computes, widened.
+fn biased(y: &mut [f32], bias: &[f32], dtype: DType) {
+    for row in y.chunks_exact_mut(bias.len()) {
+        row.iter_mut().zip(bias).for_each(|(y, b)| *y += b);
+        round(row, dtype);
+    }
+}
+
+/// Holds what a kernel computed to what it should have.
+fn compare(kernel: &str, shape: (usize, usize), expected: &[f32], found: &[f32]) -> Result<()> {
+    let failed = |at: usize, expected: f32, found: f32| Error::Kernel {
+        kernel: kernel.into(),
+        shape: [shape.0, shape.1],
+        at,
+        expected,
+        found,
+    };
+    if expected.len() != found.len() {
+        return Err(failed(expected.len().min(found.len()), f32::NAN, f32::NAN));
+    }
+    let mut pairs = expected.iter().zip(found).enumerate();
+    match pairs.find(|(_, (e, f))| e.to_bits() != f.to_bits()) {
+        Some((at, (&expected, &found))) => Err(failed(at, expected, found)),
+        None => Ok(()),
+    }
+}
+
+#[cfg(feature = "cuda")]
+mod on_gpu {
+    use candle_core::{CudaDevice, DType, Device, Tensor};
+
+    use super::{biased, codes, compare, expanded, values};
+    use crate::{Error, Result, formats::int8::Decode, kernels::cuda};
+
+    pub(super) fn expand(
+        device: &CudaDevice,
+        shape: (usize, usize),
+        skipped: usize,
+        scale: DType,
+        to: DType,
+    ) -> Result<()> {
+        let kernel = cuda::expand_name(scale, to)?;
+        let (outputs, inputs) = shape;
+        let len = outputs * inputs;
+        let all = codes(skipped + len);
+        let scales = values(outputs, 7, scale);
+        let run = || {
+            let codes = Tensor::new(all.as_slice(), &Device::Cpu)?;
+            let codes = codes.to_device(&Device::Cuda(device.clone()))?;
+            let codes = codes.narrow(0, skipped, len)?.reshape(shape)?;
+            let scales = on(device, &scales, scale)?.reshape((outputs, 1))?;
+            back(&codes.apply_op2_no_bwd(&scales, &Decode { dtype: to })?)
+        };
+        let found = run().map_err(|error| not_run(&kernel, shape, error))?;
+        compare(&kernel, shape, &expanded(&all[skipped..], inputs, &scales, to), &found)
+    }
+
+    pub(super) fn add_bias(
+        device: &CudaDevice,
+        shape: (usize, usize),
+        skipped: usize,
+        dtype: DType,
+    ) -> Result<()> {
+        let kernel = cuda::add_bias_name(dtype)?;
+        let (rows, outputs) = shape;
+        let len = rows * outputs;
+        // What lies before and behind must stay as it is.
+        let mut all = values(skipped + len + 1, 11, dtype);
+        let bias = values(outputs, 13, dtype);
+        let run = || {
+            let y = on(device, &all, dtype)?;
+            let bias = on(device, &bias, dtype)?;
+            y.narrow(0, skipped, len)?.reshape(shape)?.inplace_op2(&bias, &cuda::AddBias)?;
+            back(&y)
+        };
+        let found = run().map_err(|error| not_run(&kernel, shape, error))?;
+        biased(&mut all[skipped..skipped + len], &bias, dtype);
+        compare(&kernel, shape, &all, &found)
+    }
+
+    /// `values` in `dtype` on the GPU. They are converted on the CPU, so that no kernel but the tested one runs.
+    fn on(device: &CudaDevice, values: &[f32], dtype: DType) -> candle_core::Result<Tensor> {
+        let values = Tensor::new(values, &Device::Cpu)?.to_dtype(dtype)?;
+        values.to_device(&Device::Cuda(device.clone()))
+    }
+
+    fn back(tensor: &Tensor) -> candle_core::Result<Vec<f32>> {
+        let tensor = tensor.to_device(&Device::Cpu)?.to_dtype(DType::F32)?;
+        tensor.flatten_all()?.to_vec1()
+    }
+
+    fn not_run(kernel: &str, shape: (usize, usize), error: candle_core::Error) -> Error {
+        error.context(format!("kernel `{kernel}` on {shape:?} does not run")).into()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn twins_are_what_layers_compute_on_the_cpu() {
+        let (outputs, inputs) = (64, 257);
+        let codes = codes(outputs * inputs);
+        assert!((0..=255).all(|code| codes.contains(&code)), "every code occurs");
+        let wide = values(outputs, 7, DType::F32);
+        let half: Vec<bf16> = wide.iter().map(|&s| bf16::from_f32(s)).collect();
+        let mut weight = vec![bf16::ZERO; codes.len()];
+        int8::decode(&codes, inputs, &half, &mut weight);
+        let decoded: Vec<f32> = weight.iter().map(|w| w.to_f32()).collect();
+        let twin = expanded(&codes, inputs, &values(outputs, 7, DType::BF16), DType::BF16);
+        assert_eq!(twin, decoded);
+
+        let mut y = values(6, 11, DType::F16);
+        let bias = values(3, 13, DType::F16);
+        let sum = |at: usize| f16::from_f32(y[at]) + f16::from_f32(bias[at % 3]);
+        let sums: Vec<f32> = (0..6).map(|at| sum(at).to_f32()).collect();
+        biased(&mut y, &bias, DType::F16);
+        assert_eq!(y, sums);
+    }
+
+    #[test]
+    fn shapes_cut_every_path() {
+        // A thread of `expand` takes 16 codes, one of `add_bias` 4 or 8 values; a grid has 65,535 rows.
+        let any = |of: &dyn Fn(usize, usize, usize) -> bool| {
+            EXPANDED.iter().any(|&(o, i, s)| of(o, i, s))
+        };
+        assert!(any(&|o, i, s| o * i % 16 == 0 && i % 16 == 0 && s == 0), "vectors alone");
+        assert!(any(&|o, i, s| o * i > 16 && o * i % 16 != 0 && s == 0), "vectors and an end");
+        assert!(any(&|o, i, s| o > 1 && i % 16 != 0 && s == 0), "rows that begin inside a vector");
+        assert!(any(&|o, i, _| o > 1 && i < 16), "several rows in one vector");
+        assert!(any(&|o, i, s| o * i > 256 && s % 16 != 0), "no vectors, several threads");
+        let any =
+            |of: &dyn Fn(usize, usize, usize) -> bool| BIASED.iter().any(|&(r, o, s)| of(r, o, s));
+        assert!(any(&|_, o, s| o % 8 == 0 && s == 0) && any(&|_, o, _| o % 4 != 0));
+        assert!(any(&|_, o, s| o % 8 == 0 && s % 4 != 0) && any(&|r, _, _| r > 65_535));
+    }
+
+    #[test]
+    fn rounding_is_seen() {
+        // Data whose results need no rounding would pass a kernel that rounds wrongly.
+        for dtype in DTYPES.into_iter().filter(|&dtype| dtype != DType::F32) {
+            let exact = expanded(&codes(1000), 10, &values(100, 7, DType::F32), DType::F32);
+            let rounded = expanded(&codes(1000), 10, &values(100, 7, DType::F32), dtype);
+            assert!(exact.iter().zip(&rounded).filter(|(a, b)| a != b).count() > 900);
+            assert!(rounded.iter().all(|v| v.is_finite()));
+        }
+    }
+
+    #[test]
+    fn one_wrong_bit_is_an_error_that_names_its_place() {
+        let expected = values(12, 3, DType::BF16);
+        compare("add_bias_bf16", (3, 4), &expected, &expected).unwrap();
+        let mut found = expected.clone();
+        found[7] = f32::from_bits(found[7].to_bits() ^ 1 << 16);
+        let error = compare("add_bias_bf16", (3, 4), &expected, &found).unwrap_err().to_string();
+        let (e, f) = (expected[7].to_string(), found[7].to_string());
+        for text in ["add_bias_bf16", "[3, 4]", "element 7", &e, &f] {
+            assert!(error.contains(text), "no {text} in: {error}");
+        }
+        // −0 is not 0, and a row too few is not nothing.
+        assert!(compare("k", (1, 1), &[0.], &[-0.]).is_err());
+        assert!(compare("k", (1, 1), &expected, &expected[..11]).is_err());
+    }
+}

@@ -1,0 +1,29 @@
+//! The kernels' self-test passes on the GPU that it runs on, with event tracking and without, as the pager has
+//! it. These tests fail where no CUDA device can be opened.
+#![cfg(feature = "cuda")]
+#![allow(clippy::unwrap_used)] // tests may panic
+
+use candle_core::CudaDevice;
+use mmgp_quant::{Card, kernel_image, self_test};
+
+#[test]
+fn cuda_kernels_equal_their_twins() {
+    let card = Card::of(0).expect("this test needs a CUDA device");
+    assert!(!card.name.is_empty());
+    let device = CudaDevice::new_with_stream(0).unwrap();
+    self_test(&device).unwrap();
+    // SAFETY: one stream only.
+    unsafe { device.disable_event_tracking() };
+    self_test(&device).unwrap();
+}
+
+#[test]
+fn cuda_cards_that_do_not_exist_are_errors() {
+    assert!(Card::of(4096).is_err());
+}
+
+#[test]
+fn cuda_image_is_one_fat_binary() {
+    // Its magic number; the driver finds the code for the card in it.
+    assert_eq!(kernel_image()[..4], 0xba55_ed50u32.to_le_bytes());
+}
