@@ -153,6 +153,11 @@ impl Pager {
         self.adopt(&mut state, plan)
     }
 
+    /// The plan that passes follow now, which the pager may have changed since; `None` before the first.
+    pub fn plan_in_force(&self) -> Option<Arc<Plan>> {
+        self.0.state.lock().plan.clone()
+    }
+
     /// A new run begins (a picture, say): passes are expected in the order of the run before.
     pub fn begin_run(&self) {
         self.0.state.lock().order.begin();
