@@ -1,0 +1,379 @@
+//! `mmgp-gpu-bench`: how near streaming comes to what card and link allow, on a transformer of
+//! FLUX.1-dev's shape.
+//!
+//! A row names a form of the weights, a budget, a number of tokens and a limit on the link. Its steps
+//! alternate with those of a model that has all its weights on the card, in one process; each output is
+//! compared with that model's, bit by bit. `cargo xtask bench --gpu` builds and runs this, and
+//! `cargo xtask bundle` packs it. Without a GPU it runs on the host, at a size that a test can bear.
+#![forbid(unsafe_code)]
+
+mod card;
+mod chart;
+mod files;
+mod measure;
+mod results;
+mod row;
+mod rows;
+
+use std::{
+    env, fs,
+    path::PathBuf,
+    process::ExitCode,
+    str::FromStr,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, ensure};
+use clap::Parser;
+use mmgp_models::flux::FluxConfig;
+use mmgp_residency::{Budget, Bytes};
+
+use crate::{
+    files::Files,
+    measure::{Alone, Session, system, workload},
+    results::{Copies, Failed, Results},
+    row::Row,
+    rows::{Form, Request, Set, Way, combined},
+};
+
+/// Steps of a FLUX.1-dev transformer under several budgets, against bound and schedule
+#[derive(Parser)]
+#[command(name = "mmgp-gpu-bench", version)]
+struct Cli {
+    /// About a minute of it
+    #[arg(long, conflicts_with = "all")]
+    quick: bool,
+    /// Every combination
+    #[arg(long)]
+    all: bool,
+    /// Rows of these budgets instead, such as `min`, `4GB`, `50%`, `unlimited`
+    #[arg(long, value_delimiter = ',', value_parser = budget, conflicts_with_all = ["quick", "all"])]
+    budgets: Vec<Budget>,
+    /// With --budgets: tokens of the picture
+    #[arg(long, value_delimiter = ',', default_value = "1024", requires = "budgets")]
+    image: Vec<usize>,
+    /// With --budgets: limits on the link in bytes per second, such as `12GB`, or `none`
+    #[arg(long, value_delimiter = ',', default_value = "none", requires = "budgets")]
+    links: Vec<Link>,
+    /// Only rows of these forms
+    #[arg(long, value_enum, value_delimiter = ',')]
+    forms: Vec<Form>,
+    /// Tokens of the text
+    #[arg(long, default_value_t = 512)]
+    text: usize,
+    /// Double and single blocks
+    #[arg(long, value_name = "DOUBLE+SINGLE", default_value = "19+38")]
+    depth: Depth,
+    /// Heads of 128 values, which make the width
+    #[arg(long, default_value_t = 24)]
+    heads: usize,
+    /// `cpu`, `cuda` or `cuda:N`
+    #[arg(long, default_value = if cfg!(feature = "cuda") { "cuda" } else { "cpu" })]
+    device: Place,
+    /// Where the model's files are kept, instead of /dev/shm or else the folder of temporary files
+    #[arg(long)]
+    dir: Option<PathBuf>,
+    /// Where gpu.json, gpu.md and gpu.svg go
+    #[arg(long, default_value = "target/bench")]
+    out: PathBuf,
+    /// No row is begun after so many minutes
+    #[arg(long)]
+    minutes: Option<f64>,
+    /// Keep the rows that an earlier run of the same commit left in --out, and measure the others
+    #[arg(long)]
+    resume: bool,
+    /// The commit that this was built from, for the header; MMGP_COMMIT by default
+    #[arg(long)]
+    commit: Option<String>,
+}
+
+/// A GPU by its number, or the host.
+#[derive(Clone, Copy)]
+struct Place(Option<usize>);
+
+impl FromStr for Place {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match (text, text.strip_prefix("cuda:").map(str::parse)) {
+            ("cpu", _) => Ok(Self(None)),
+            ("cuda", _) => Ok(Self(Some(0))),
+            (_, Some(Ok(ordinal))) => Ok(Self(Some(ordinal))),
+            _ => Err("expected cpu, cuda or cuda:N".into()),
+        }
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Depth {
+    double: usize,
+    single: usize,
+}
+
+impl FromStr for Depth {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let depth = text
+            .split_once('+')
+            .and_then(|(a, b)| Some((a.trim().parse().ok()?, b.trim().parse().ok()?)));
+        match depth {
+            Some((double, single)) => Ok(Self { double, single }),
+            None => Err("expected two numbers such as 3+5".into()),
+        }
+    }
+}
+
+/// A limit on the link, or none.
+#[derive(Clone, Copy)]
+struct Link(Option<Bytes>);
+
+impl FromStr for Link {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match (text, Bytes::parse(text)) {
+            ("none", _) => Ok(Self(None)),
+            (_, Some(bytes)) if bytes.0 > 0 => Ok(Self(Some(bytes))),
+            _ => Err("expected bytes per second such as 12GB, or none".into()),
+        }
+    }
+}
+
+fn budget(text: &str) -> Result<Budget, String> {
+    text.parse().map_err(|error: mmgp_residency::Error| error.to_string())
+}
+
+impl Cli {
+    /// The rows asked for.
+    fn requests(&self) -> Vec<Request> {
+        let forms = match self.forms.as_slice() {
+            [] => &[Form::Bf16, Form::Int8],
+            forms => forms,
+        };
+        if !self.budgets.is_empty() {
+            let links: Vec<Option<Bytes>> = self.links.iter().map(|link| link.0).collect();
+            return combined(forms, &self.budgets, &self.image, &links);
+        }
+        let set = match (self.quick, self.all) {
+            (true, _) => Set::Quick,
+            (_, true) => Set::All,
+            _ => Set::Table,
+        };
+        set.requests().into_iter().filter(|row| forms.contains(&row.form)).collect()
+    }
+
+    fn config(&self) -> Result<FluxConfig> {
+        let mut config = FluxConfig::default();
+        config.guidance_embeds = true;
+        (config.num_layers, config.num_single_layers) = (self.depth.double, self.depth.single);
+        config.num_attention_heads = self.heads;
+        config.validate()?;
+        Ok(config)
+    }
+}
+
+fn main() -> ExitCode {
+    tracing_subscriber::fmt()
+        .with_max_level(tracing_subscriber::filter::LevelFilter::WARN)
+        .with_writer(std::io::stderr)
+        .init();
+    match run(&Cli::parse()) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Measures the rows; whether all could be and had the resident run's bytes.
+fn run(cli: &Cli) -> Result<bool> {
+    let begun = Instant::now();
+    let config = cli.config()?;
+    let mut requests = cli.requests();
+    ensure!(!requests.is_empty(), "no rows of these forms");
+    fs::create_dir_all(&cli.out).with_context(|| format!("{}", cli.out.display()))?;
+    let commit = cli.commit.clone().or_else(|| env::var("MMGP_COMMIT").ok());
+    let mut results = Results::new(String::new(), card::driver(), commit);
+    if cli.resume
+        && let Some(earlier) = Results::read(&cli.out)?
+    {
+        ensure!(
+            earlier.commit == results.commit,
+            "{} holds rows of another commit",
+            cli.out.display()
+        );
+        requests
+            .retain(|request| !earlier.rows.iter().any(|row| is_of(row, request, cli, &config)));
+        results = Results { failed: Vec::new(), ..earlier };
+    }
+
+    let files = Files::new(cli.dir.as_deref(), &config)?;
+    let late = || cli.minutes.is_some_and(|m| begun.elapsed().as_secs_f64() >= m * 60.);
+    let all = requests.len();
+    let mut at = 0;
+    for rows in requests.chunk_by(|a, b| (a.form, a.way) == (b.form, b.way)) {
+        if late() {
+            break;
+        }
+        let shared = (rows[0].form, rows[0].way);
+        let mut session = Session::open(&files, &config, cli.device.0, shared, cli.text)?;
+        results.card = session.device();
+        for request in rows {
+            if late() {
+                break;
+            }
+            at += 1;
+            let name = told(request, cli);
+            eprintln!("[{:>4.0} s] {at}/{all}: {name}", begun.elapsed().as_secs_f64());
+            match measured(&mut session, request, wants_copies(request, &requests)) {
+                Ok((row, copies)) => {
+                    tell(&row);
+                    if let Some(copies) = copies {
+                        eprintln!("    copies alone {:.1} GB/s", copies.gb_s);
+                        results.copies_alone.push(copies);
+                    }
+                    results.rows.push(row);
+                }
+                Err(error) => {
+                    eprintln!("    failed: {error:#}");
+                    results.failed.push(Failed { row: name, error: format!("{error:#}") });
+                }
+            }
+            results.write(&cli.out)?;
+        }
+    }
+    if at < all {
+        eprintln!("{} rows were not begun: time was over", all - at);
+    }
+    results.write(&cli.out)?;
+    println!("{}", results.table());
+    eprintln!("{}/gpu.json, gpu.md and gpu.svg", cli.out.display());
+    eprintln!("the model's files stay in {}", files.dir().display());
+    Ok(results.failed.is_empty() && results.rows.iter().all(|row| row.same_bytes))
+}
+
+/// A row, or the median of three if the first is over its bar.
+fn measured(
+    session: &mut Session,
+    request: &Request,
+    alone: Alone,
+) -> Result<(Row, Option<Copies>)> {
+    let (first, copies) = session.row(request, alone)?;
+    if !first.over_its_bar() {
+        return Ok((first, copies));
+    }
+    tell(&first);
+    eprintln!("    over its bar: twice more");
+    let mut all = vec![first];
+    for _ in 0..2 {
+        all.push(session.row(request, Alone::Leave)?.0);
+    }
+    Ok((Row::median(all).context("three rows have a median")?, copies))
+}
+
+/// Whether copies alone are measured too: through the ring, and, to compare with, the same pinned.
+fn wants_copies(request: &Request, all: &[Request]) -> Alone {
+    let same = |other: &Request| {
+        other.way == Way::Ring && Request { way: request.way, ..*other } == *request
+    };
+    if all.iter().any(same) { Alone::Measure } else { Alone::Leave }
+}
+
+/// Whether `row` is what `request` asks for.
+fn is_of(row: &Row, request: &Request, cli: &Cli, config: &FluxConfig) -> bool {
+    let budget = match request.budget {
+        Budget::Bytes(bytes) => Some(bytes.0),
+        Budget::Unlimited => None,
+        // Only known once it is planned.
+        _ => return false,
+    };
+    (row.form, row.tokens, row.budget_bytes) == (request.form, request.image + cli.text, budget)
+        && row.system == system(request)
+        && row.workload == workload(config)
+}
+
+fn told(request: &Request, cli: &Cli) -> String {
+    format!(
+        "{} {} at {}, {} + {} tokens",
+        system(request),
+        request.form.name(),
+        request.budget,
+        request.image,
+        cli.text
+    )
+}
+
+fn tell(row: &Row) {
+    let took = |seconds: f64| Duration::from_secs_f64(seconds);
+    eprintln!(
+        "    step {:.4?} = {:.3} x bound, {} x schedule; resident {:.4?}{}",
+        took(row.step_s),
+        row.ratio,
+        row.schedule_ratio.map_or("-".into(), |ratio| format!("{ratio:.3}")),
+        took(row.resident_s),
+        if row.same_bytes { "" } else { "; OTHER BYTES" },
+    );
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    fn cli(args: &str) -> Cli {
+        Cli::try_parse_from(["bench"].into_iter().chain(args.split_whitespace())).unwrap()
+    }
+
+    #[test]
+    fn options_choose_the_rows() {
+        Cli::command().debug_assert();
+        assert_eq!(cli("").requests(), Set::Table.requests());
+        assert_eq!(cli("--all").requests(), Set::All.requests());
+        let int8 = cli("--quick --forms int8").requests();
+        assert!(int8.len() == 2 && int8.iter().all(|row| row.form == Form::Int8));
+        let own = cli("--budgets 50%,4GB --image 64,16 --links none,12GB --forms bf16").requests();
+        assert_eq!(own.len(), 8);
+        assert_eq!((own[0].image, own[7].image), (16, 64));
+        for wrong in ["--budgets some", "--links 0", "--image 5", "--depth 3", "--quick --all"] {
+            let args = ["bench"].into_iter().chain(wrong.split_whitespace());
+            assert!(Cli::try_parse_from(args).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn rows_of_an_earlier_run_are_known_again() {
+        let cli = cli("--quick");
+        let config = cli.config().unwrap();
+        let row = row::tests::row(Some(4.), 0.4);
+        let of = |row: &Row| {
+            let requests = cli.requests();
+            let found = requests.iter().filter(|request| is_of(row, request, &cli, &config));
+            found.map(|request| (request.form, request.way)).collect::<Vec<_>>()
+        };
+        assert_eq!(of(&row), [(Form::Bf16, Way::Pinned)]);
+        assert_eq!(
+            of(&Row { system: "mmgp, ring".into(), ..row.clone() }),
+            [(Form::Bf16, Way::Ring)]
+        );
+        assert_eq!(of(&Row { form: Form::Int8, ..row.clone() }), [(Form::Int8, Way::Pinned)]);
+        assert_eq!(of(&Row { tokens: 4608, ..row.clone() }), []);
+        assert_eq!(of(&Row { workload: "FLUX 3+5 of width 3072".into(), ..row }), []);
+    }
+
+    #[test]
+    fn what_comes_through_the_ring_is_compared_with_the_same_pinned() {
+        let all = Set::Table.requests();
+        let copied: Vec<String> = all
+            .iter()
+            .filter(|row| wants_copies(row, &all) == Alone::Measure)
+            .map(system)
+            .collect();
+        let expected =
+            ["mmgp", "mmgp, link at 20 GB/s", "mmgp, ring", "mmgp, ring, link at 20 GB/s"];
+        assert_eq!(copied, expected);
+    }
+}
