@@ -2,6 +2,12 @@
 # Runs what `cargo xtask bundle` packed, on a machine with a GPU and without Rust. Called from the root of a
 # checkout: vectors and the demo are read from there. Logs go to $OUT (default: out); the exit code is 1 if
 # anything failed. With names as arguments, only those tests run; with none, the command draws too.
+#
+#   run.sh --bench [quick|full|all] [options of mmgp-gpu-bench]
+#
+# runs the bench instead: it makes the weights of a FLUX.1-dev transformer, 24 GB dense and 12 GB int8, in $DIR (by
+# default /dev/shm if it has room, else $TMPDIR), keeps them there for the next run, and leaves gpu.json, gpu.md and
+# gpu.svg in $OUT.
 set -uo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
@@ -20,6 +26,21 @@ if [ -z "${CUDA_HOME:-}" ]; then
 fi
 lib=${CUDA_HOME:-/usr/local/cuda}
 export LD_LIBRARY_PATH="$lib/targets/x86_64-linux/lib:$lib/lib64:${LD_LIBRARY_PATH:-}"
+
+if [ "${1:-}" = --bench ]; then
+    shift
+    rows=()
+    case "${1:-}" in
+        quick) rows=(--quick); shift ;;
+        all) rows=(--all); shift ;;
+        full) shift ;;
+    esac
+    [ -f "$here/commit" ] && rows+=(--commit "$(cat "$here/commit")")
+    [ -n "${DIR:-}" ] && rows+=(--dir "$DIR")
+    "$here/mmgp-gpu-bench" --out "$out" ${rows[@]+"${rows[@]}"} "$@" 2>&1 | tee "$out/gpu-bench.log"
+    exit "${PIPESTATUS[0]}"
+fi
+
 # Tests that run on any device run on the GPU.
 export MMGP_TEST_DEVICE=cuda RUST_BACKTRACE=0
 

@@ -1,14 +1,48 @@
-//! The benches, and one table of ratios out of what they measured.
+//! The benches, and one table of ratios out of what they measured; or, with `--gpu`, steps of a large
+//! transformer on a GPU.
 //!
 //! Ours and the reference run in turn, and a ratio is the median over such pairs; seconds alone say
 //! more about the machine. Nothing is asserted.
 
-use std::{fmt::Write as _, fs, path::Path};
+use std::{
+    env,
+    fmt::Write as _,
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 use anyhow::{Context as _, Result};
 use serde_json::Value;
 
-use crate::step::{self, cargo, target};
+use crate::{
+    ci::CUDA_FEATURES,
+    step::{self, cargo, target},
+    toolkit,
+};
+
+/// The options of `bench`.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Steps of a FLUX.1-dev transformer on the GPU under several budgets, instead of the benches
+    #[arg(long)]
+    gpu: bool,
+    /// About a minute of it
+    #[arg(long, requires = "gpu", conflicts_with = "all")]
+    quick: bool,
+    /// Every combination
+    #[arg(long, requires = "gpu")]
+    all: bool,
+    /// Where the model's files are kept, instead of /dev/shm or else the folder of temporary files
+    #[arg(long, requires = "gpu")]
+    dir: Option<PathBuf>,
+    /// Where gpu.json, gpu.md and gpu.svg go, instead of target/bench
+    #[arg(long, requires = "gpu")]
+    out: Option<PathBuf>,
+    /// More options of `mmgp-gpu-bench`
+    #[arg(last = true, requires = "gpu")]
+    more: Vec<String>,
+}
 
 /// What is compared, and the folder in which its bench leaves what it measured.
 const RATIOS: &[(&str, &str)] = &[
@@ -32,8 +66,41 @@ const RATIOS: &[(&str, &str)] = &[
     ("pass of 512 tokens, budget 50% / resident", "streaming-512-half"),
 ];
 
-/// Runs the benches, prints the table and writes it to `target/bench/ratios.md`.
-pub(crate) fn run() -> Result<()> {
+/// Runs the benches that `args` asks for.
+pub(crate) fn run(args: &Args) -> Result<()> {
+    if args.gpu { gpu(args) } else { ratios() }
+}
+
+/// Builds and runs the GPU's bench.
+fn gpu(args: &Args) -> Result<()> {
+    let environment = toolkit::environment()?;
+    let mut build = cargo(&["build", "--release", "--workspace", "--bin", "mmgp-gpu-bench"]);
+    step::run("build", build.arg(CUDA_FEATURES).envs(environment.iter().cloned()))?;
+
+    let mut bench = Command::new(target().join("release/mmgp-gpu-bench"));
+    for (option, wanted) in [("--quick", args.quick), ("--all", args.all)] {
+        bench.args(wanted.then_some(option));
+    }
+    if let Some(dir) = &args.dir {
+        bench.arg("--dir").arg(dir);
+    }
+    bench.arg("--out").arg(args.out.clone().unwrap_or_else(|| target().join("bench")));
+    if let Some(commit) = step::commit() {
+        bench.args(["--commit", &commit]);
+    }
+    // CUDA's libraries are found where it was built with them.
+    if let Some((_, home)) = environment.iter().find(|(name, _)| *name == "CUDA_HOME") {
+        let old = env::var_os("LD_LIBRARY_PATH").unwrap_or_default();
+        let old = env::split_paths(&old).filter(|dir| !dir.as_os_str().is_empty());
+        let paths = env::join_paths([Path::new(home).join("lib64")].into_iter().chain(old))?;
+        bench.env("LD_LIBRARY_PATH", paths);
+    }
+    step::run("bench", bench.args(&args.more))?;
+    Ok(())
+}
+
+/// Runs criterion's benches, prints the table and writes it to `target/bench/ratios.md`.
+fn ratios() -> Result<()> {
     let dir = target().join("bench");
     let measured = dir.join("criterion");
     // What an earlier run measured must not end up in this one's table.

@@ -1,5 +1,5 @@
-//! One archive for a GPU machine that has no Rust: the command, the tests that need a GPU, and a script
-//! that runs them. Vectors and the demo are read from the checkout that it is unpacked in.
+//! One archive for a GPU machine that has no Rust: the command, the bench and the tests that need a GPU, and
+//! a script that runs them. Vectors and the demo are read from the checkout that it is unpacked in.
 //!
 //! The command is the CUDA build and is packed under the name that the CPU build looks for beside itself,
 //! `mmgp-cuda`. The CPU build is not packed: it would take a second build of candle and 2.7 MB.
@@ -24,6 +24,9 @@ use crate::{
 /// that run on the device which their environment names.
 const ON_ANY_DEVICE: &[&str] = &["vectors"];
 
+/// The programs that are packed, and what they are called there.
+const PROGRAMS: [(&str, &str); 2] = [("mmgp", "mmgp-cuda"), ("mmgp-gpu-bench", "mmgp-gpu-bench")];
+
 /// The options of `bundle`.
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -47,6 +50,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     }
     fs::copy(root().join("xtask/bundle/run.sh"), staged.join("run.sh"))?;
     fs::write(staged.join("built-in"), root().display().to_string())?;
+    if let Some(commit) = step::commit() {
+        fs::write(staged.join("commit"), commit)?;
+    }
     if args.with_data {
         for data in ["assets", "vectors"] {
             let mut copy = Command::new("cp");
@@ -84,12 +90,16 @@ fn build() -> Result<Vec<(String, PathBuf, bool)>> {
         let is = |kind: &str| line["target"]["kind"][0] == kind;
         let wanted = name.starts_with("cuda") || ON_ANY_DEVICE.contains(&name);
         let is_test = is("test") && wanted;
-        if is_test || (is("bin") && name == "mmgp" && line["profile"]["test"] == false) {
-            let name = if is_test { name } else { "mmgp-cuda" };
+        let program = PROGRAMS.iter().find(|program| program.0 == name && is("bin"));
+        let program = program.filter(|_| line["profile"]["test"] == false);
+        if let Some(name) = program.map(|program| program.1).or(is_test.then_some(name)) {
             found.push((name.to_string(), Path::new(built).to_path_buf(), is_test));
         }
     }
     ensure!(child.wait()?.success(), "the build failed");
-    ensure!(found.iter().any(|(_, _, is_test)| !is_test), "cargo built no command");
+    for (program, packed) in PROGRAMS {
+        let built = found.iter().any(|(name, _, is_test)| name == packed && !is_test);
+        ensure!(built, "cargo built no {program}");
+    }
     Ok(found)
 }

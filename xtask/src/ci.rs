@@ -14,8 +14,8 @@ use crate::{
 };
 
 /// The `cuda` feature of every crate that has it, as cargo's option over the whole workspace.
-pub(crate) const CUDA_FEATURES: &str =
-    "--features=mmgp/cuda,mmgp-models/cuda,mmgp-quant/cuda,mmgp-residency/cuda,mmgp-lora/cuda";
+pub(crate) const CUDA_FEATURES: &str = "--features=mmgp/cuda,mmgp-models/cuda,mmgp-quant/cuda,\
+     mmgp-residency/cuda,mmgp-lora/cuda,mmgp-benches/cuda";
 
 /// The options of `ci`.
 #[derive(clap::Args)]

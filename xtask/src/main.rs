@@ -26,9 +26,9 @@ struct Cli {
 enum Chore {
     /// Everything that CI checks, in one command.
     Ci(ci::Args),
-    /// The benches, and one table of ratios, written to target/bench/ratios.md
-    Bench,
-    /// The command and the GPU tests in one archive, bundle/mmgp-cuda.tar.xz, for machines without Rust
+    /// The benches, and one table of ratios, written to target/bench/ratios.md; with --gpu, the GPU's
+    Bench(bench::Args),
+    /// The command, the GPU's tests and its bench in bundle/mmgp-cuda.tar.xz, for machines without Rust
     Bundle(bundle::Args),
     /// A CUDA toolkit for machines without one, and the environment that names it.
     CudaToolkit(toolkit::Args),
@@ -45,7 +45,7 @@ enum Chore {
 fn main() -> anyhow::Result<()> {
     match Cli::parse().chore {
         Chore::Ci(args) => ci::run(&args),
-        Chore::Bench => bench::run(),
+        Chore::Bench(args) => bench::run(&args),
         Chore::Bundle(args) => bundle::run(&args),
         Chore::CudaToolkit(args) => toolkit::run(&args),
         Chore::Memory(args) => memory::run(&args),

@@ -21,6 +21,14 @@ pub(crate) fn target() -> PathBuf {
     root().join(dir)
 }
 
+/// The commit that is checked out, marked if files differ from it; `None` outside a checkout.
+pub(crate) fn commit() -> Option<String> {
+    let mut git = Command::new("git");
+    git.args(["describe", "--always", "--abbrev=12", "--exclude=*", "--dirty"]);
+    let told = git.current_dir(root()).output().ok().filter(|told| told.status.success())?;
+    Some(String::from_utf8(told.stdout).ok()?.trim().to_string())
+}
+
 /// Cargo with these arguments, in the workspace's root.
 pub(crate) fn cargo(args: &[&str]) -> Command {
     // The cargo that runs us, so that `cargo +nightly xtask` means what it says.
