@@ -3,7 +3,7 @@
 use std::{fmt, str::FromStr};
 
 use candle_core::Device;
-use mmgp_residency::Pager;
+use mmgp_residency::{Bytes, Error, Pager};
 
 /// The device that models run on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -18,14 +18,35 @@ pub enum DeviceChoice {
     Cuda(usize),
 }
 
+/// How a GPU is used, where it is one.
+#[derive(Clone, Debug, Default)]
+#[cfg_attr(not(feature = "cuda"), allow(dead_code))] // a build without GPUs only asks for limits
+pub(crate) struct GpuUse {
+    /// The most VRAM of the whole process.
+    pub(crate) vram_limit: Option<Bytes>,
+    /// Bytes a second at which blocks are copied at most.
+    pub(crate) link_limit: Option<Bytes>,
+    /// The share of RAM that may be page-locked.
+    pub(crate) locked_share: Option<f64>,
+    /// Whether computing waits for each copy.
+    pub(crate) synchronous: bool,
+}
+
 impl DeviceChoice {
     /// A pager over the device.
-    pub(crate) fn pager(self) -> mmgp_residency::Result<Pager> {
+    pub(crate) fn pager(self, gpu: &GpuUse) -> mmgp_residency::Result<Pager> {
+        let limited = gpu.vram_limit.is_some() || gpu.link_limit.is_some();
         match self {
+            Self::Cpu if limited => {
+                Err(Error::Device("a limit on VRAM or on the link needs a GPU".into()))
+            }
             Self::Cpu => Pager::new(&Device::Cpu),
-            Self::Cuda(ordinal) => cuda(ordinal),
-            Self::Auto => cuda(0).or_else(|error| {
+            Self::Cuda(ordinal) => cuda(ordinal, gpu),
+            Self::Auto => cuda(0, gpu).or_else(|error| {
                 use mmgp_residency::Error::Quant;
+                if limited {
+                    return Err(error); // whoever limits a GPU means one
+                }
                 match &error {
                     Quant(e) if matches!(**e, mmgp_quant::Error::Kernel { .. }) => {
                         tracing::warn!("running on the CPU: {error}");
@@ -39,10 +60,18 @@ impl DeviceChoice {
 }
 
 #[cfg(feature = "cuda")]
-fn cuda(ordinal: usize) -> mmgp_residency::Result<Pager> {
-    use mmgp_residency::{Cuda, CudaOptions, Device as _};
+fn cuda(ordinal: usize, gpu: &GpuUse) -> mmgp_residency::Result<Pager> {
+    use mmgp_residency::{Cuda, CudaOptions, Device as _, HostMemory, Transfers};
     let card = mmgp_quant::Card::of(ordinal)?;
-    let cuda = Cuda::new(&CudaOptions { ordinal, ..CudaOptions::default() })?;
+    let of_ram = |share: f64| Some(Bytes((HostMemory::read()?.total.0 as f64 * share) as u64));
+    let cuda = Cuda::new(&CudaOptions {
+        ordinal,
+        locked: gpu.locked_share.and_then(of_ram),
+        transfers: if gpu.synchronous { Transfers::Synchronous } else { Transfers::Overlapped },
+        vram_limit: gpu.vram_limit,
+        link_limit: gpu.link_limit,
+        ..CudaOptions::default()
+    })?;
     if let Device::Cuda(device) = cuda.candle() {
         self_test(&card, device)?;
     }
@@ -71,8 +100,8 @@ fn self_test(
 }
 
 #[cfg(not(feature = "cuda"))]
-fn cuda(_: usize) -> mmgp_residency::Result<Pager> {
-    Err(mmgp_residency::Error::NotPageable {
+fn cuda(_: usize, _: &GpuUse) -> mmgp_residency::Result<Pager> {
+    Err(Error::NotPageable {
         model: "pager".into(),
         reason: "this build has no GPU support: build mmgp with `--features cuda`".into(),
     })
@@ -125,8 +154,15 @@ mod tests {
     #[cfg(not(feature = "cuda"))]
     #[test]
     fn a_build_without_gpus_says_so() {
-        let error = DeviceChoice::Cuda(0).pager().err().map(|e| e.to_string()).unwrap_or_default();
+        let pager =
+            |choice: DeviceChoice, gpu: &GpuUse| choice.pager(gpu).map_err(|e| e.to_string());
+        let any = GpuUse::default();
+        let error = pager(DeviceChoice::Cuda(0), &any).err().unwrap_or_default();
         assert!(error.contains("--features cuda"), "{error}");
-        assert!(DeviceChoice::Auto.pager().is_ok());
+        assert!(pager(DeviceChoice::Auto, &any).is_ok());
+        // Limits of a GPU are never left out silently.
+        let limited = GpuUse { vram_limit: Some(Bytes(1 << 33)), ..any };
+        assert!(pager(DeviceChoice::Auto, &limited).is_err());
+        assert!(pager(DeviceChoice::Cpu, &limited).is_err());
     }
 }

@@ -13,12 +13,12 @@ use mmgp_lora::{Adapter, AdapterArg, AdapterSet, Skipped, StepWeights, Steps, Un
 use mmgp_models::{
     Event, ModelIndex, OpenOptions, Picture, Pipeline, Replaced, Request, open_pipeline,
 };
-use mmgp_profiles::{Profile, Settings};
+use mmgp_profiles::{Profile, Settings, Switch};
 use mmgp_residency::{
     Budget, Budgets, Bytes, ModelBuilder, Paged, Pager, Plan, Report, check_pageable,
 };
 
-use crate::{DeviceChoice, Entry, Error, Result, Store};
+use crate::{DeviceChoice, Entry, Error, Result, Store, device::GpuUse};
 
 /// Models whose adapters a LoRA file may hold; the first is meant where a file names none.
 const ADAPTED: [&str; 3] = ["transformer", "text_encoder", "text_encoder_2"];
@@ -44,6 +44,7 @@ pub struct OffloadBuilder {
     settings: Settings,
     budgets: Budgets,
     store: Option<Stored>,
+    gpu: GpuUse,
 }
 
 impl OffloadBuilder {
@@ -58,6 +59,22 @@ impl OffloadBuilder {
     #[must_use]
     pub fn budget(mut self, budget: Budget) -> Self {
         self.budgets.total = budget;
+        self
+    }
+
+    /// The most VRAM that the whole process takes, activations and the driver's own included: a small card
+    /// for a large one to stand in for. Needs a GPU.
+    #[must_use]
+    pub fn vram_limit(mut self, limit: Bytes) -> Self {
+        self.gpu.vram_limit = Some(limit);
+        self
+    }
+
+    /// Bytes a second at which blocks are copied to the GPU at most: a slow link for a fast one to stand in
+    /// for. Needs a GPU.
+    #[must_use]
+    pub fn link_limit(mut self, limit: Bytes) -> Self {
+        self.gpu.link_limit = Some(limit);
         self
     }
 
@@ -88,7 +105,12 @@ impl OffloadBuilder {
     /// # Errors
     /// A device that this build cannot page on.
     pub fn build(self) -> Result<Offload> {
-        let pager = self.device.pager()?;
+        let gpu = GpuUse {
+            locked_share: self.settings.perc_reserved_mem_max.get().map(|share| share.get()),
+            synchronous: *self.settings.async_transfers.get() == Switch::Off,
+            ..self.gpu
+        };
+        let pager = self.device.pager(&gpu)?;
         Ok(Offload {
             pager,
             settings: self.settings,
@@ -108,6 +130,7 @@ impl Offload {
             settings,
             budgets: Budget::Auto.into(),
             store: None,
+            gpu: GpuUse::default(),
         }
     }
 

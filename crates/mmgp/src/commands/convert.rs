@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use mmgp::{Offload, Overwrite, Settings};
+use mmgp::{DeviceChoice, Offload, Overwrite, Settings};
 
 use super::quantize::Quantize;
 
@@ -33,7 +33,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let mut settings = Settings::default();
     args.quantize.apply(&mut settings)?;
     let overwrite = if args.overwrite { Overwrite::Yes } else { Overwrite::No };
-    let mut offload = Offload::builder().settings(settings).build()?;
+    let mut offload = Offload::builder().device(DeviceChoice::Cpu).settings(settings).build()?;
     offload.convert(&args.from, &args.to, overwrite, |part| {
         let saved = part.saved;
         let int8 = match saved.quantized {

@@ -9,8 +9,8 @@ use std::{
 use anyhow::{Context, bail};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use mmgp::{
-    AdapterArg, Budget, DeviceChoice, Event, Hardware, Names, Offload, Pipeline, Profile, Request,
-    Settings, Unfit, process_peak,
+    AdapterArg, Budget, Bytes, DeviceChoice, Event, Hardware, Names, Offload, Pipeline, Profile,
+    Request, Settings, Unfit, process_peak,
 };
 
 use super::quantize::{Quantize, StoreArg};
@@ -69,6 +69,14 @@ pub(crate) struct Args {
     /// Limit on all weights in memory at one moment: 6MB, 25%, min, unlimited or auto
     #[arg(long)]
     budget: Option<String>,
+
+    /// The most VRAM of the whole process, such as 8GB: one card stands for a smaller one
+    #[arg(long, value_name = "BYTES", value_parser = bytes)]
+    vram_limit: Option<Bytes>,
+
+    /// Bytes a second at which weights are copied to the GPU at most, such as 12GB/s
+    #[arg(long, value_name = "BYTES/s", value_parser = rate)]
+    link_limit: Option<Bytes>,
 
     /// Limits of single models in MiB, beside the budget of all: transformer=1200,*=3000
     #[arg(long, value_name = "MODEL=MIB,…")]
@@ -139,6 +147,12 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         eprintln!("{}", settings.explain(&Hardware::detect()));
     }
     let mut builder = Offload::builder().device(args.device).settings(settings);
+    if let Some(limit) = args.vram_limit {
+        builder = builder.vram_limit(limit);
+    }
+    if let Some(limit) = args.link_limit {
+        builder = builder.link_limit(limit);
+    }
     if let Some(store) = StoreArg::store(args.store.as_ref()) {
         builder = builder.store(store, |line| eprintln!("{line}"));
     }
@@ -200,6 +214,16 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         }
     }
     Ok(())
+}
+
+fn bytes(text: &str) -> Result<Bytes, String> {
+    let amount = Bytes::parse(text).filter(|bytes| bytes.0 > 0);
+    amount.ok_or_else(|| "expected an amount such as 8GB or 6000MiB".into())
+}
+
+fn rate(text: &str) -> Result<Bytes, String> {
+    bytes(text.strip_suffix("/s").unwrap_or(text))
+        .map_err(|_| "expected an amount a second such as 12GB/s".into())
 }
 
 fn request(args: &Args, pipeline: &dyn Pipeline) -> Request {
