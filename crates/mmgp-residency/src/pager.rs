@@ -561,7 +561,8 @@ impl Pager {
             match slot.phase {
                 Phase::Ready { block, .. } | Phase::Leased { block, .. } if block == next.block => {
                 }
-                Phase::Empty | Phase::Ready { .. } => {
+                // What was fetched ahead stays until it is used.
+                Phase::Empty | Phase::Ready { used: true, .. } => {
                     let room = state.missing(next);
                     let done = |state: &State, m: usize, slot: usize| {
                         m != next.model && (m != now.model || state.is_past(now, slot))
