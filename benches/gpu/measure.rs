@@ -130,10 +130,11 @@ impl Session {
         let mut outputs = vec![stream()?];
         card.synchronize()?;
         let load_s = begun.elapsed().as_secs_f64();
+        // Each is over before the next begins, so that what it showed can change the plan.
         for _ in 0..request.steps.warm_up {
             outputs.push(stream()?);
+            card.synchronize()?;
         }
-        card.synchronize()?;
         let peak = watch.peak();
 
         let streams = in_force(pager).is_some_and(|plan| plan.streaming_slots() > 0);

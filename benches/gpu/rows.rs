@@ -65,8 +65,8 @@ impl Steps {
     fn for_image(image: usize) -> Self {
         match image {
             // A step takes seconds.
-            8192.. => Self { warm_up: 1, groups: 1, each: 3 },
-            _ => Self { warm_up: 2, groups: 3, each: 2 },
+            8192.. => Self { warm_up: 2, groups: 1, each: 3 },
+            _ => Self { warm_up: 3, groups: 3, each: 2 },
         }
     }
 }

@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 use candle_core::{DType, Device};
-use mmgp_residency::{Budget, Bytes, Cuda, CudaOptions, Error, Pager};
+use mmgp_residency::{Budget, Bytes, Cuda, CudaOptions, Error, Pager, Transfers};
 
 mod common;
 use common::{build, run, values, write};
@@ -26,8 +26,11 @@ fn every_plan_and_every_way_of_the_bytes_gives_the_same_bits() {
         resident.plan(Budget::Unlimited).unwrap();
         let expected = run(&tower).unwrap();
         for locked in [0, 8 << 10, u64::MAX] {
-            for buffer in [1 << 16, 1 << 20] {
+            for (buffer, transfers) in
+                [(1 << 16, Transfers::Overlapped), (1 << 20, Transfers::Synchronous)]
+            {
                 let options = CudaOptions {
+                    transfers,
                     locked: Some(Bytes(locked)),
                     buffers: 2,
                     buffer: Bytes(buffer),
@@ -46,6 +49,29 @@ fn every_plan_and_every_way_of_the_bytes_gives_the_same_bits() {
             }
         }
     }
+}
+
+#[test]
+fn in_steady_state_nothing_is_taken_and_nobody_waits() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("tower.safetensors");
+    write(&path, DEPTH, 7);
+    let pager = open(&CudaOptions::default());
+    let tower = build(&pager, "tower", &path, DEPTH);
+    pager.plan(Budget::Percent(60.)).unwrap();
+    for _ in 0..8 {
+        run(&tower).unwrap();
+    }
+    let before = pager.report();
+    for _ in 0..50 {
+        run(&tower).unwrap();
+    }
+    let after = pager.report();
+    let replans = after.replans - before.replans;
+    assert!(after.streamed > before.streamed);
+    // A new plan may take slots, and blocks are then made ready to be copied.
+    assert!(replans > 0 || (after.taken, after.waits) == (before.taken, before.waits), "{after:?}");
+    println!("{replans} new plans; {:?} a pass", (after.host - before.host) / 50);
 }
 
 #[test]

@@ -3,9 +3,10 @@
 //! The stem embeds tokens, timestep, guidance and pooled text and projects the result; everything
 //! between is blocks, leased one after another.
 
-use candle_core::{DType, Result as CandleResult, Tensor};
+use candle_core::{DType, Result as CandleResult, Tensor, TensorId};
 use mmgp_quant::{Bias, Linear, Weights};
 use mmgp_residency::{ModelBuilder, Paged, Pager};
+use parking_lot::Mutex;
 
 use crate::{
     Error, Result,
@@ -41,6 +42,15 @@ pub struct FluxTransformer {
     model: Paged<Stem, Block>,
     guidance: bool,
     axes: Vec<usize>,
+    rope: Mutex<Option<Turned>>,
+}
+
+/// The tables of the last positions. Steps share theirs: making them anew would read positions back from
+/// the device and send tables there, behind whatever else travels.
+struct Turned {
+    text: TensorId,
+    image: TensorId,
+    rope: Rope,
 }
 
 enum Block {
@@ -67,7 +77,7 @@ impl FluxTransformer {
         }
         let model = builder.finish(stem, blocks)?;
         let axes = config.axes_dims_rope.clone();
-        Ok(Self { model, guidance: config.guidance_embeds, axes })
+        Ok(Self { model, guidance: config.guidance_embeds, axes, rope: Mutex::default() })
     }
 
     /// The velocity `[batch, image tokens, out_channels]`, f32.
@@ -76,8 +86,7 @@ impl FluxTransformer {
     /// Inputs that do not fit the model or each other; weights that cannot be read; cancellation.
     pub fn forward(&self, inputs: &FluxInputs<'_>) -> Result<Tensor> {
         self.check(inputs)?;
-        let ids = Tensor::cat(&[inputs.txt_ids, inputs.img_ids], 0)?;
-        let rope = Rope::new(&ids, &self.axes, THETA, inputs.hidden_states.device())?;
+        let rope = self.rope(inputs)?;
         let text_tokens = inputs.txt_ids.dim(0)?;
 
         let pass = self.model.pass()?;
@@ -108,6 +117,18 @@ impl FluxTransformer {
             image = x.narrow(1, text_tokens, x.dim(1)? - text_tokens)?;
         }
         Ok(pass.stem(|stem| stem.project(&image, &activated))?)
+    }
+
+    fn rope(&self, inputs: &FluxInputs<'_>) -> CandleResult<Rope> {
+        let (text, image) = (inputs.txt_ids.id(), inputs.img_ids.id());
+        let mut last = self.rope.lock();
+        if let Some(turned) = last.as_ref().filter(|t| (t.text, t.image) == (text, image)) {
+            return Ok(turned.rope.clone());
+        }
+        let ids = Tensor::cat(&[inputs.txt_ids, inputs.img_ids], 0)?;
+        let rope = Rope::new(&ids, &self.axes, THETA, inputs.hidden_states.device())?;
+        *last = Some(Turned { text, image, rope: rope.clone() });
+        Ok(rope)
     }
 
     /// Stored tensors that the model does not use.
