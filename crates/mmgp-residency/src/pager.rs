@@ -610,7 +610,10 @@ impl Pager {
         let turns = state.slot_mut(at).occupancy == Occupancy::Turns;
         if memory.fills_at_once(&image) {
             let phase = match memory.fill(&image) {
-                Ok(()) => Phase::Ready { block: at.block, used: false },
+                Ok(copies) => {
+                    state.models[at.model].filled(at.block, copies);
+                    Phase::Ready { block: at.block, used: false }
+                }
                 Err(error) => Phase::Failed(at.block, error),
             };
             let slot = state.slot_mut(at);
@@ -685,10 +688,13 @@ fn fetch(inbox: &Receiver<Job>) {
     for Job { pager, at, mut memory, image } in inbox {
         let result = memory.fill(&image);
         let mut state = pager.state.lock();
+        if let Ok(copies) = &result {
+            state.models[at.model].filled(at.block, *copies);
+        }
         let slot = state.slot_mut(at);
         slot.memory = Some(memory);
         slot.phase = match result {
-            Ok(()) => Phase::Ready { block: at.block, used: false },
+            Ok(_) => Phase::Ready { block: at.block, used: false },
             Err(error) => Phase::Failed(at.block, error),
         };
         drop(state);

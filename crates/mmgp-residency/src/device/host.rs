@@ -118,7 +118,7 @@ impl Clock for HostClock {
 }
 
 impl Slot for HostSlot {
-    fn fill(&mut self, image: &BlockImage) -> Result<()> {
+    fn fill(&mut self, image: &BlockImage) -> Result<u64> {
         let begun = Instant::now();
         let mut targets = recycle(std::mem::take(&mut self.held), &image.tensors)?;
         let (mut plain, mut pairs) = (Vec::new(), Vec::new());
@@ -152,8 +152,8 @@ impl Slot for HostSlot {
             }
             _ => {}
         }
-        self.moved = Some(Moved { bytes: Bytes(image.bytes), copies: 1, took: begun.elapsed() });
-        Ok(())
+        self.moved = Some(Moved { bytes: Bytes(image.bytes), took: begun.elapsed() });
+        Ok(1)
     }
 
     fn moved(&mut self) -> Option<Moved> {

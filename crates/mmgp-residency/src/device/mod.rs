@@ -148,8 +148,6 @@ pub struct VisitTimes {
 pub struct Moved {
     /// Its bytes.
     pub bytes: Bytes,
-    /// In so many copies.
-    pub copies: u64,
     /// From the moment at which the slot was free.
     pub took: Duration,
 }
@@ -160,11 +158,12 @@ pub struct Moved {
 /// `bind` and `unbind` alternate, on the thread that computes, with the tensors of the image filled
 /// last, in image order; nothing is called while another call runs.
 pub trait Slot: Send {
-    /// Makes the slot hold `image`, or arranges that it will before anything computes after `bind`.
+    /// Makes the slot hold `image`, or arranges that it will before anything computes after `bind`; says in
+    /// how many copies.
     ///
     /// # Errors
     /// A file that cannot be read (any more). The slot then holds nothing.
-    fn fill(&mut self, image: &BlockImage) -> Result<()>;
+    fn fill(&mut self, image: &BlockImage) -> Result<u64>;
 
     /// Whether `fill` would only queue work for the device: it is then called by the thread that
     /// computes, without a detour through a worker.
@@ -172,7 +171,8 @@ pub trait Slot: Send {
         false
     }
 
-    /// What `fill` brought last, once it is there; told once.
+    /// How long it took to bring what `fill` brought last, once it is there; told once, and not at all
+    /// once the slot is filled anew.
     fn moved(&mut self) -> Option<Moved>;
 
     /// The digest of `tensors`, the first of what the slot was filled with; it is unbound.

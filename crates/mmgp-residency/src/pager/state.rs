@@ -150,15 +150,21 @@ impl Model {
         &mut self.slots[self.slot_of[block]]
     }
 
-    /// Notes what was brought into a slot since somebody looked.
+    /// Notes how long it took to bring what is in a slot.
     pub(super) fn look_at(&mut self, slot: usize) {
         let slot = &mut self.slots[slot];
         if let Some(moved) = slot.memory.as_mut().and_then(|memory| memory.moved()) {
-            self.stats.copies += moved.copies;
             if slot.occupancy == Occupancy::Turns {
-                self.stats.streamed += moved.bytes.0;
                 self.timing.moved(moved);
             }
+        }
+    }
+
+    /// A block was brought into a slot, in so many copies.
+    pub(super) fn filled(&mut self, block: usize, copies: u64) {
+        self.stats.copies += copies;
+        if self.slots[self.slot_of[block]].occupancy == Occupancy::Turns {
+            self.stats.streamed += self.blocks[block].image.bytes;
         }
     }
 

@@ -156,7 +156,7 @@ impl Cuda {
         let vram = Vram::new(context, options.vram_limit, options.margin, base)?;
         let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
         let readers = rayon::ThreadPoolBuilder::new()
-            .num_threads((cores / 2).clamp(1, 8))
+            .num_threads((cores * 3 / 4).clamp(1, 16))
             .thread_name(|i| format!("mmgp-stage-{i}"))
             .build()
             .map_err(|e| Error::Device(format!("no reading threads: {e}")))?;

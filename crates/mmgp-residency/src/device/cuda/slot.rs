@@ -1,9 +1,9 @@
 //! A region of VRAM that holds one block at a time, and the copies into it.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::HashMap, ops::Range, sync::Arc, time::Duration};
 
 use candle_core::{
-    Storage, Tensor,
+    Storage, Tensor, TensorId,
     cuda_backend::cudarc::driver::{CudaEvent, result, sys},
 };
 
@@ -13,8 +13,11 @@ use super::{
     failed,
     kept::Ready,
     made::{Checked, Made, read_range},
-    storage::{poison, release, storage_at},
+    ring::Buffer,
+    storage::{release, storage_at},
 };
+use parking_lot::Mutex;
+
 use crate::{
     BlockImage, Bytes, Digest, Error, ImageTensor, Result,
     device::{Moved, Occupancy, Slot},
@@ -34,7 +37,10 @@ pub(super) struct CudaSlot {
     /// Recorded behind what was computed on it.
     free: CudaEvent,
     /// What was copied last, if nobody asked how long it took.
-    moved: Option<(u64, u64)>,
+    moved: Option<u64>,
+    /// For each block that was bound here, by the first of its tensors, what is exchanged under them: storages
+    /// over the slot while it is unbound, poison while it is bound. Made once, so that a visit makes nothing.
+    storages: HashMap<TensorId, Vec<Option<Storage>>>,
 }
 
 impl CudaSlot {
@@ -45,7 +51,17 @@ impl CudaSlot {
         let free = context.new_event(None).map_err(|e| failed("an event", e))?;
         let start = shared.vram.take(size)?;
         let shared = shared.clone();
-        Ok(Self { shared, start, size, occupancy, begun, ready, free, moved: None })
+        Ok(Self {
+            shared,
+            start,
+            size,
+            occupancy,
+            begun,
+            ready,
+            free,
+            moved: None,
+            storages: HashMap::new(),
+        })
     }
 
     /// The block in locked memory, made ready now if the slot is one that blocks take turns in and the
@@ -64,34 +80,79 @@ impl CudaSlot {
         Ok(Some(ready))
     }
 
-    /// Brings a block through the buffers; says in how many copies.
+    /// Brings a block through the buffers; says in how many copies. Threads fill one buffer each, and what
+    /// is full is copied while others are filled.
     fn stage(&self, image: &BlockImage) -> Result<u64> {
-        let Shared { copies, keeper, ring, .. } = &*self.shared;
+        let Shared { keeper, ring, .. } = &*self.shared;
         let mut digest = Checked::new(image);
         let made = Made::of(image)?;
         let size = image.bytes as usize;
-        for from in (0..size).step_by(ring.size) {
-            let range = from..size.min(from + ring.size);
-            let mut buffer = ring.take()?;
-            let bytes = &mut buffer.memory.bytes_mut()[..range.len()];
-            let done = keeper.readers.install(|| read_range(image, &made, range.clone(), bytes));
-            let done = done.and_then(|()| {
-                digest.update(range.clone(), &buffer.memory.bytes()[..range.len()]);
-                let bytes = &buffer.memory.bytes()[..range.len()];
-                // SAFETY: source and target have so many bytes; the buffer is not written again
-                // before `copied` has passed, the slot not freed before `ready` has.
+        let ranges = (0..size).step_by(ring.size).map(|from| from..size.min(from + ring.size));
+        let fill = |buffer: &mut Buffer, range: Range<usize>| {
+            read_range(image, &made, range.clone(), &mut buffer.memory.bytes_mut()[..range.len()])
+        };
+        if digest.is_wanted() {
+            // The digest is of bytes in their order.
+            for range in ranges.clone() {
+                let mut buffer = ring.take()?;
+                let done = keeper.readers.install(|| fill(&mut buffer, range.clone()));
+                let done = done.and_then(|()| {
+                    digest.update(range.clone(), &buffer.memory.bytes()[..range.len()]);
+                    self.copy(&buffer, range)
+                });
+                ring.put(buffer);
+                done?;
+            }
+            digest.finish()?;
+            return Ok(ranges.count() as u64);
+        }
+        let error = Mutex::new(None);
+        let fail = |e: Error| {
+            error.lock().get_or_insert(e);
+        };
+        keeper.readers.in_place_scope(|scope| {
+            for range in ranges.clone() {
+                if error.lock().is_some() {
+                    return;
+                }
+                // Only this thread waits for buffers: tasks never wait, so each gives its own back.
+                let mut buffer = match ring.take() {
+                    Ok(buffer) => buffer,
+                    Err(e) => return fail(e),
+                };
+                let (fill, fail) = (&fill, &fail);
+                scope.spawn(move |_| {
+                    let done = fill(&mut buffer, range.clone());
+                    if let Err(e) = done.and_then(|()| self.copy(&buffer, range)) {
+                        fail(e);
+                    }
+                    ring.put(buffer);
+                });
+            }
+        });
+        match error.into_inner() {
+            Some(error) => Err(error),
+            None => Ok(ranges.count() as u64),
+        }
+    }
+
+    /// Queues the copy of a buffer to `range` of the slot.
+    fn copy(&self, buffer: &Buffer, range: Range<usize>) -> Result<()> {
+        let Shared { copies, stream, .. } = &*self.shared;
+        let bytes = &buffer.memory.bytes()[..range.len()];
+        stream
+            .context()
+            .bind_to_thread()
+            .and_then(|()| {
+                // SAFETY: source and target have so many bytes; the buffer is not written again before
+                // `copied` has passed, the slot not freed before `ready` has.
                 unsafe {
                     let to = self.start + range.start as u64;
                     result::memcpy_htod_async(to, bytes, copies.cu_stream())
                 }
-                .and_then(|()| buffer.copied.record(copies))
-                .map_err(|e| failed("copying to the GPU", e))
-            });
-            ring.put(buffer);
-            done?;
-        }
-        digest.finish()?;
-        Ok(size.div_ceil(ring.size) as u64)
+            })
+            .and_then(|()| buffer.copied.record(copies))
+            .map_err(|e| failed("copying to the GPU", e))
     }
 }
 
@@ -102,7 +163,7 @@ impl Slot for CudaSlot {
             && image.kept.is_some()
     }
 
-    fn fill(&mut self, image: &BlockImage) -> Result<()> {
+    fn fill(&mut self, image: &BlockImage) -> Result<u64> {
         let Shared { copies, stream, throttle, transfers, .. } = &*self.shared;
         if image.bytes > self.size as u64 {
             let (bytes, size) = (Bytes(image.bytes), Bytes(self.size as u64));
@@ -129,15 +190,15 @@ impl Slot for CudaSlot {
         if *transfers == Transfers::Synchronous {
             self.ready.synchronize().map_err(order)?;
         }
-        self.moved = Some((image.bytes, queued));
-        Ok(())
+        self.moved = Some(image.bytes);
+        Ok(queued)
     }
 
     fn moved(&mut self) -> Option<Moved> {
-        let (bytes, copies) = self.moved.filter(|_| self.ready.is_complete())?;
+        let bytes = self.moved.filter(|_| self.ready.is_complete())?;
         self.moved = None;
         let took = between(&self.begun, &self.ready).unwrap_or(Duration::ZERO);
-        Some(Moved { bytes: Bytes(bytes), copies, took })
+        Some(Moved { bytes: Bytes(bytes), took })
     }
 
     fn digest(&self, tensors: &[ImageTensor]) -> Result<Digest> {
@@ -158,33 +219,52 @@ impl Slot for CudaSlot {
     fn bind(&mut self, tensors: &[Tensor]) -> Result<()> {
         let Shared { device, stream, .. } = &*self.shared;
         stream.wait(&self.ready).map_err(|e| failed("waiting for copies", e))?;
-        let mut offset = 0;
-        for tensor in tensors {
-            let (dtype, len) = (tensor.dtype(), tensor.elem_count());
-            let storage = storage_at(device, dtype, self.start + offset, len)?;
-            release(exchange(tensor, Storage::Cuda(storage))?);
-            offset += ((len * dtype.size_in_bytes()) as u64).next_multiple_of(ALIGN);
+        let Some(first) = tensors.first() else { return Ok(()) };
+        if self.storages.get(&first.id()).is_none_or(|known| known.len() != tensors.len()) {
+            let (mut offset, mut made) = (0, Vec::with_capacity(tensors.len()));
+            for tensor in tensors {
+                let (dtype, len) = (tensor.dtype(), tensor.elem_count());
+                let storage = storage_at(device, dtype, self.start + offset, len)?;
+                made.push(Some(Storage::Cuda(storage)));
+                offset += ((len * dtype.size_in_bytes()) as u64).next_multiple_of(ALIGN);
+            }
+            let old = self.storages.insert(first.id(), made);
+            old.into_iter().flatten().flatten().for_each(release);
         }
-        Ok(())
+        self.swap(tensors)
     }
 
     fn unbind(&mut self, tensors: &[Tensor]) -> Result<()> {
-        for tensor in tensors {
-            release(exchange(tensor, Storage::Cuda(poison(&self.shared.device)))?);
+        let swapped = self.swap(tensors);
+        let recorded = self.free.record(&self.shared.stream);
+        swapped.and(recorded.map_err(|e| failed("ordering copies", e)))
+    }
+}
+
+impl CudaSlot {
+    /// Exchanges what is under `tensors` and what is kept for them.
+    fn swap(&mut self, tensors: &[Tensor]) -> Result<()> {
+        let Some(first) = tensors.first() else { return Ok(()) };
+        let kept = self.storages.get_mut(&first.id()).into_iter().flatten();
+        for (tensor, kept) in tensors.iter().zip(kept) {
+            if let Some(storage) = kept.take() {
+                *kept = Some(exchange(tensor, storage)?);
+            }
         }
-        self.free.record(&self.shared.stream).map_err(|e| failed("ordering copies", e))
+        Ok(())
     }
 }
 
 impl Drop for CudaSlot {
     fn drop(&mut self) {
+        // They own nothing: the pager drops no bound slot, so what is kept is over the slot.
+        self.storages.drain().flat_map(|(_, kept)| kept).flatten().for_each(release);
         // What was queued on the slot must be over before its memory is anyone else's.
         let over = self.free.synchronize().and_then(|()| self.ready.synchronize());
         if let Err(error) = over {
             tracing::error!("a slot cannot be given back: {error}");
             return;
         }
-        // The pager drops no bound slot.
         self.shared.vram.give_back(self.start, self.size);
     }
 }
