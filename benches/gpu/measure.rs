@@ -157,7 +157,7 @@ impl Session {
                 break;
             }
             if streams && request.link.is_none() {
-                links.push(link_beside(pager, || Ok(drop(resident()?)))?);
+                links.push(link_beside(pager, || Ok(resident().map(drop)?))?);
                 card.synchronize()?;
             }
             outputs.push(stream()?);
@@ -341,7 +341,7 @@ impl Inputs {
             pooled_projections: noise(3, 1, config.pooled_projection_dim)?.squeeze(1)?,
             timestep: Tensor::new(&[0.7f32], device)?,
             guidance: config.guidance_embeds.then(guidance).transpose()?,
-            // The model reads positions on the host: from the device it would wait for each step.
+            // The model reads positions on the host.
             img_ids: latents::image_ids(rows, columns, &Device::Cpu)?,
             txt_ids: latents::text_ids(text, &Device::Cpu)?,
         })

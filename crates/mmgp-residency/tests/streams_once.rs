@@ -16,7 +16,11 @@ const PASSES: usize = 10;
 /// A pass whose blocks take longer than it takes to fetch one.
 fn pass(tower: &Tower) {
     for block in tower.pass().unwrap().blocks() {
-        block.unwrap().run(|_| Ok(sleep(Duration::from_millis(1)))).unwrap();
+        let compute = |_: &_| {
+            sleep(Duration::from_millis(1));
+            Ok(())
+        };
+        block.unwrap().run(compute).unwrap();
     }
 }
 
