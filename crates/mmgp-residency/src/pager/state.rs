@@ -153,10 +153,10 @@ impl Model {
     /// Notes how long it took to bring what is in a slot.
     pub(super) fn look_at(&mut self, slot: usize) {
         let slot = &mut self.slots[slot];
-        if let Some(moved) = slot.memory.as_mut().and_then(|memory| memory.moved()) {
-            if slot.occupancy == Occupancy::Turns {
-                self.timing.moved(moved);
-            }
+        if let Some(moved) = slot.memory.as_mut().and_then(|memory| memory.moved())
+            && slot.occupancy == Occupancy::Turns
+        {
+            self.timing.moved(moved);
         }
     }
 

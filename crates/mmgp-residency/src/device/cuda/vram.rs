@@ -42,6 +42,9 @@ pub(super) struct Vram {
     /// Given back since then.
     given: AtomicU64,
     pool: Mutex<Pool>,
+    /// Pools that were current before and hold what was taken from them then. The driver does not bear that
+    /// such a pool is destroyed, whatever its documentation says.
+    retired: Mutex<Vec<Pool>>,
 }
 
 /// Where activations come from.
@@ -77,6 +80,7 @@ impl Vram {
             free: AtomicU64::new(free as u64),
             given: AtomicU64::new(0),
             pool: Mutex::new(pool),
+            retired: Mutex::default(),
         });
         let watched = Arc::downgrade(&vram);
         std::thread::Builder::new()
@@ -120,7 +124,7 @@ impl Vram {
 
     /// What weights and activations may take together.
     pub(super) fn ceiling(&self) -> u64 {
-        let ours = self.weights.load(Ordering::Relaxed) + self.pool.lock().reserved();
+        let ours = self.weights.load(Ordering::Relaxed) + self.reserved();
         let free = self.free.load(Ordering::Relaxed) + self.given.load(Ordering::Relaxed);
         let card = (ours + free).saturating_sub(self.margin);
         match self.limit {
@@ -130,6 +134,11 @@ impl Vram {
             }
             None => card,
         }
+    }
+
+    fn reserved(&self) -> u64 {
+        let retired: u64 = self.retired.lock().iter().map(Pool::reserved).sum();
+        retired + self.pool.lock().reserved()
     }
 
     /// How much is missing to the margin now.
@@ -178,25 +187,35 @@ impl Vram {
         if pool.cap != 0 && pool.cap <= cap && cap - pool.cap < 64 << 20 {
             return Ok(());
         }
-        let high = pool.reserved().max(pool.high);
-        // What is in use stays where it is; the new pool gets what that leaves.
+        // What is in use stays where it is; the new pool gets what that leaves. Plans change seldom, so
+        // waiting for frees that are queued costs little.
+        self.context.synchronize().map_err(|e| failed("waiting for the GPU", e))?;
         pool.trim();
-        let rest = cap.saturating_sub(pool.reserved()).max(PAGE);
+        let mut retired = self.retired.lock();
+        for mut old in std::mem::take(&mut *retired) {
+            old.trim();
+            match old.reserved() {
+                0 => old.destroy(),
+                _ => retired.push(old),
+            }
+        }
+        let kept: u64 = retired.iter().map(Pool::reserved).sum();
+        let rest = cap.saturating_sub(kept + pool.reserved()).max(PAGE);
         let mut new = Pool::new(&self.context, rest).map_err(|e| failed("a memory pool", e))?;
-        (new.before, new.high) = (pool.before, high);
-        let old = std::mem::replace(&mut *pool, new);
-        old.destroy();
+        (new.before, new.high, new.cap) = (pool.before, pool.high, cap);
+        retired.push(std::mem::replace(&mut *pool, new));
         Ok(())
     }
 
     /// Gives back what activations reserved and do not use.
     pub(super) fn trim(&self) {
         self.pool.lock().trim();
+        self.retired.lock().iter_mut().for_each(Pool::trim);
     }
 
     /// What weights, activations and everything else of this process take, as far as is known.
     pub(super) fn used(&self) -> u64 {
-        let ours = self.weights.load(Ordering::Relaxed) + self.pool.lock().reserved();
+        let ours = self.weights.load(Ordering::Relaxed) + self.reserved();
         ours + self.base + self.libraries.load(Ordering::Relaxed)
     }
 }
@@ -211,9 +230,18 @@ impl Drop for Vram {
                 if result::device::get_mem_pool(device)? == pool.handle {
                     result::device::set_mem_pool(device, pool.before)?;
                 }
-                result::mem_pool::destroy(pool.handle)
             }
+            self.context.synchronize()
         });
+        let retired = std::mem::take(self.retired.get_mut());
+        let last = Pool { ..*pool };
+        for mut pool in retired.into_iter().chain([last]) {
+            pool.trim();
+            // What a tensor still lies in stays as long as the process.
+            if pool.reserved() == 0 {
+                pool.destroy();
+            }
+        }
         if let Err(error) = ended {
             tracing::error!("a memory pool stays: {error}");
         }
