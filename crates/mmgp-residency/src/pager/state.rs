@@ -413,8 +413,10 @@ impl State {
         device.trim();
         let before = self.held;
         self.shrink(model, before.saturating_sub(short));
+        // Never below what the model needs to run at all.
+        let least = self.models[model].sizes(device).minimum();
         let m = &mut self.models[model];
-        m.allowed = m.allowed.min(self.held);
+        m.allowed = m.allowed.min(self.held.max(least));
         self.ceiling = self.ceiling.saturating_sub(short);
         self.held < before
     }
