@@ -27,6 +27,7 @@ use anyhow::{Context as _, Result, ensure};
 use clap::Parser;
 use mmgp_models::flux::FluxConfig;
 use mmgp_residency::{Budget, Bytes};
+use mmgp_synth::Depth;
 
 use crate::{
     files::Files,
@@ -100,26 +101,6 @@ impl FromStr for Place {
             ("cuda", _) => Ok(Self(Some(0))),
             (_, Some(Ok(ordinal))) => Ok(Self(Some(ordinal))),
             _ => Err("expected cpu, cuda or cuda:N".into()),
-        }
-    }
-}
-
-#[derive(Clone, Copy)]
-struct Depth {
-    double: usize,
-    single: usize,
-}
-
-impl FromStr for Depth {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let depth = text
-            .split_once('+')
-            .and_then(|(a, b)| Some((a.trim().parse().ok()?, b.trim().parse().ok()?)));
-        match depth {
-            Some((double, single)) => Ok(Self { double, single }),
-            None => Err("expected two numbers such as 3+5".into()),
         }
     }
 }

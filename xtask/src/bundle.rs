@@ -27,6 +27,9 @@ const ON_ANY_DEVICE: &[&str] = &["vectors"];
 /// The programs that are packed, and what they are called there.
 const PROGRAMS: [(&str, &str); 2] = [("mmgp", "mmgp-cuda"), ("mmgp-gpu-bench", "mmgp-gpu-bench")];
 
+/// Programs and tests hold the same code, so the dictionary spans several of them.
+const XZ: &str = "--lzma2=preset=6,dict=256MiB -T1";
+
 /// The options of `bundle`.
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -65,7 +68,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     }
     let archive = bundle.join("mmgp-cuda.tar.xz");
     let mut tar = Command::new("tar");
-    tar.current_dir(&bundle).env("XZ_OPT", "-9 -T1").args(["-cJf"]).arg(&archive).arg("mmgp-cuda");
+    tar.current_dir(&bundle).env("XZ_OPT", XZ).args(["-cJf"]).arg(&archive).arg("mmgp-cuda");
     step::run("pack", &mut tar)?;
     let bytes = fs::metadata(&archive)?.len();
     eprintln!("{}: {:.1} MB", archive.display(), bytes as f64 / 1e6);

@@ -20,11 +20,8 @@ use parking_lot::Mutex;
 
 use crate::{
     BlockImage, BlockTarget, Digest, Error, Expected, ImageTensor, Making, Paged, Pager, Result,
-    Segment, pager::NewBlock, placeholder::placeholder,
+    Segment, image::LARGE, pager::NewBlock, placeholder::placeholder,
 };
-
-/// Tensors of fewer bytes stand behind the others in a slot.
-const SMALL: u64 = 256 << 10;
 
 /// Collects what a module's constructor asks for, then hands the model to the pager.
 pub struct ModelBuilder {
@@ -297,7 +294,7 @@ impl Draft {
     /// bring all small ones in one copy. Codes and their scales stay together.
     fn large_first(&mut self) {
         let paired = |making| matches!(making, Making::Int8Codes | Making::Int8Scales);
-        let small = |t: &ImageTensor| t.bytes() < SMALL && !paired(t.making);
+        let small = |t: &ImageTensor| t.bytes() < LARGE && !paired(t.making);
         let (tensors, placeholders) =
             (std::mem::take(&mut self.tensors), std::mem::take(&mut self.placeholders));
         let (behind, front): (Vec<_>, Vec<_>) =

@@ -16,6 +16,10 @@ use parking_lot::Mutex;
 /// Every tensor in a slot starts at a multiple of this.
 pub const ALIGN: u64 = 256;
 
+/// Tensors of fewer bytes are gathered where a device copies: a copy of its own would cost them more than
+/// they take.
+pub(crate) const LARGE: u64 = 256 << 10;
+
 /// One stored tensor and where its elements go.
 #[derive(Clone, Debug)]
 pub struct Segment {

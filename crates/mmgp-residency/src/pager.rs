@@ -37,6 +37,8 @@ pub use attach::{Attachment, Attachments, BlockTarget};
 const DRIFT: f64 = 0.1;
 /// ... and adopted when it saves more than this one.
 const WORTH: f64 = 0.01;
+/// Passes between two searches, at most, where they find nothing.
+const PATIENCE: u32 = 64;
 
 /// Threads that fetch blocks: one fetches ahead, one is there when that was the wrong one.
 const FETCHERS: usize = 2;
@@ -377,8 +379,12 @@ impl Pager {
             (Some(new), Some(old)) => new.differ(old, DRIFT),
             (new, _) => new.is_some(),
         };
-        if !shrinks && !grows && !drifted {
-            return Ok(());
+        if !shrinks && !grows {
+            let m = &mut state.models[at];
+            if !drifted || m.rest > 0 {
+                m.rest = m.rest.saturating_sub(1);
+                return Ok(());
+            }
         }
         let leased = |s: &SlotState| matches!(s.phase, Phase::Leased { .. });
         if state.models[at].slots.iter().any(leased) {
@@ -391,9 +397,14 @@ impl Pager {
         if let (false, false, Some(costs)) = (shrinks, grows, &costs) {
             let blocks = sizes.bytes();
             let seconds = |plan: &ModelPlan| plan.choice().seconds(&blocks, costs);
+            let m = &mut state.models[at];
             if seconds(&next) > (1. - WORTH) * seconds(now) {
+                // Costs that never settle are not searched in every pass.
+                m.patience = (2 * m.patience).min(PATIENCE);
+                m.rest = m.patience;
                 return Ok(());
             }
+            m.patience = 1;
         }
         let next = ModelPlan { total: Bytes(total), asked: now.asked, raised: now.raised, ..next };
         while state.models[at].slots.iter().any(|s| matches!(s.phase, Phase::Filling)) {

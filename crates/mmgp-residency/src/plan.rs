@@ -1,6 +1,7 @@
 //! The plan: which blocks stay, which stream, through how many slots, within which budget.
 //!
-//! Made from block sizes alone, before anything is read, and changes no number of the result. Each
+//! Made from block sizes before anything is read, later from what blocks and copies were seen to cost
+//! ([`crate::schedule`]), and changes no number of the result. Each
 //! model is planned as if it had the whole budget while it runs: what other models still hold is
 //! given back when the room is needed.
 

@@ -107,7 +107,7 @@ impl fmt::Display for Report {
             )?;
         }
         let sum = |value: fn(&ModelReport) -> u64| Bytes(self.models.iter().map(value).sum());
-        write!(
+        writeln!(
             f,
             "{:<18}{:>10}{:>10}  {:<10}{:>10}{:>10}{:>10}",
             "all",
@@ -117,6 +117,19 @@ impl fmt::Display for Report {
             limit(self.budget),
             self.peak,
             sum(|m| m.read.0)
+        )?;
+        write!(
+            f,
+            "{} streamed, {} copies, {} page-locked; {} slots taken, {} new plans, {} blocks run again; \
+             {} waits for a fetch, {:.3} s of the pager's own",
+            self.streamed,
+            self.copies,
+            self.locked,
+            self.taken,
+            self.replans,
+            self.reruns,
+            self.waits,
+            self.host.as_secs_f64()
         )
     }
 }

@@ -6,7 +6,9 @@
 //! [`values`] says what stands in a tensor.
 #![forbid(unsafe_code)]
 
+mod depth;
 mod folder;
 pub mod values;
 
+pub use depth::Depth;
 pub use folder::{Flux, Folder, Options, Written};

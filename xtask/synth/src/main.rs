@@ -1,15 +1,12 @@
 //! `cargo xtask synth`: writes a pipeline's folder of random weights in true shapes.
 #![forbid(unsafe_code)]
 
-use std::{
-    path::{Path, PathBuf},
-    str::FromStr,
-};
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
 use clap::{Parser, ValueEnum};
 use mmgp_residency::{Bytes, process_peak};
-use mmgp_synth::{Flux, Folder, Options};
+use mmgp_synth::{Depth, Flux, Folder, Options};
 
 /// Writes a pipeline's folder that `mmgp generate --model` takes: random weights in true shapes and
 /// widths, of as many blocks as asked for, with the demo's tokenizers
@@ -40,26 +37,6 @@ struct Cli {
 enum Pipeline {
     FluxDev,
     FluxSchnell,
-}
-
-#[derive(Clone, Copy)]
-struct Depth {
-    double: usize,
-    single: usize,
-}
-
-impl FromStr for Depth {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let depth = text
-            .split_once('+')
-            .and_then(|(a, b)| Some((a.trim().parse().ok()?, b.trim().parse().ok()?)));
-        match depth {
-            Some((double, single)) => Ok(Self { double, single }),
-            None => Err("expected two numbers such as 3+5".into()),
-        }
-    }
 }
 
 fn shard_size(text: &str) -> Result<Bytes, String> {

@@ -12,7 +12,6 @@ use std::{
 };
 
 use candle_core::{CpuStorage, DType, Device as Candle, Storage, Tensor};
-use mmgp_io::Dtype;
 use rayon::prelude::*;
 
 use super::{
@@ -55,16 +54,6 @@ impl Device for Host {
 
     fn compute_dtype(&self) -> DType {
         DType::F32
-    }
-
-    fn travels_as(&self, stored: Dtype) -> Option<DType> {
-        Some(match stored {
-            Dtype::BF16 => DType::BF16,
-            Dtype::F16 => DType::F16,
-            Dtype::F32 => DType::F32,
-            Dtype::U8 | Dtype::I8 => DType::U8,
-            _ => return None,
-        })
     }
 
     /// Half of what [`HostMemory`] says is available; no limit where the operating system does not

@@ -41,7 +41,15 @@ pub trait Device: Send + Sync {
 
     /// The dtype that a stored tensor has in a slot when it is kept as it travels, or `None` if
     /// this device cannot hold it.
-    fn travels_as(&self, stored: Dtype) -> Option<DType>;
+    fn travels_as(&self, stored: Dtype) -> Option<DType> {
+        Some(match stored {
+            Dtype::BF16 => DType::BF16,
+            Dtype::F16 => DType::F16,
+            Dtype::F32 => DType::F32,
+            Dtype::U8 | Dtype::I8 => DType::U8,
+            _ => return None,
+        })
+    }
 
     /// Memory in bytes that weights may take where nobody says how much, read now.
     ///

@@ -68,6 +68,9 @@ pub(super) struct Model {
     pub(super) timing: Timing,
     /// The costs that its plan was made with.
     pub(super) planned: Option<Costs>,
+    /// Passes in which costs may drift without a search, and how many there are after one in vain.
+    pub(super) rest: u32,
+    pub(super) patience: u32,
     pub(super) stats: Stats,
 }
 
@@ -122,6 +125,8 @@ impl Model {
             extra: 0,
             timing: Timing::default(),
             planned: None,
+            rest: 0,
+            patience: 1,
             stats: Stats::default(),
         }
     }
@@ -410,7 +415,6 @@ impl State {
 
     /// Others want `short` bytes: gives back as much, and keeps to that. `false` if nothing could be given.
     pub(super) fn relent(&mut self, model: usize, short: u64, device: &dyn Device) -> bool {
-        device.trim();
         let before = self.held;
         self.shrink(model, before.saturating_sub(short));
         // Never below what the model needs to run at all.

@@ -11,6 +11,9 @@ use crate::{
 /// Copies of fewer bytes say nothing about the rate of the link.
 const TELLING: u64 = 1 << 20;
 
+/// What a copy counts when the next one is seen.
+const FADE: f64 = 0.97;
+
 /// The times of one model's blocks, the stem first.
 #[derive(Default)]
 pub(super) struct Timing {
@@ -40,8 +43,6 @@ struct Meter {
 impl Timing {
     /// A pass begins: whatever is over by now is read.
     pub(super) fn begin_pass(&mut self) {
-        self.link.bytes *= 0.5;
-        self.link.seconds *= 0.5;
         let mut inside = Some(0.);
         for block in 1..self.blocks.len() {
             let read = self.read(block).map(|v| (v.stalled + v.computed).as_secs_f64());
@@ -91,8 +92,8 @@ impl Timing {
     pub(super) fn moved(&mut self, moved: Moved) {
         let seconds = moved.took.as_secs_f64();
         if moved.bytes.0 >= TELLING && seconds > 0. {
-            self.link.bytes += moved.bytes.0 as f64;
-            self.link.seconds += seconds;
+            self.link.bytes = FADE * self.link.bytes + moved.bytes.0 as f64;
+            self.link.seconds = FADE * self.link.seconds + seconds;
         }
     }
 

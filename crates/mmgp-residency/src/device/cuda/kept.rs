@@ -15,10 +15,8 @@ use super::{
     pinned::{Locked, Pinned},
     registered::{Registered, Registrar},
 };
-use crate::{BlockImage, ImageTensor, Result, device::read::is_as_stored};
+use crate::{BlockImage, ImageTensor, Result, device::read::is_as_stored, image::LARGE};
 
-/// Tensors of fewer bytes are gathered: a copy of its own would cost them more than they take.
-const LARGE: u64 = 256 << 10;
 /// Ranges of a file with no more between them are registered as one.
 const GAP: u64 = 1 << 20;
 /// Bytes that are read at once to check a block's digest.
@@ -160,7 +158,6 @@ impl Keeper {
         }
         let mut digest = Checked::new(image);
         if digest.is_wanted() {
-            let made = Made::of(image)?;
             let mut buffer = vec![0; CHECKED.min(image.bytes as usize)];
             for start in (0..image.bytes as usize).step_by(CHECKED) {
                 let range = start..(image.bytes as usize).min(start + CHECKED);

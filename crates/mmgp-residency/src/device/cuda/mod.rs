@@ -13,7 +13,6 @@ use candle_core::{
     CudaDevice, DType, Device as Candle,
     cuda_backend::cudarc::driver::{CudaStream, DriverError, result, sys},
 };
-use mmgp_io::Dtype;
 
 use self::{
     clock::EventClock,
@@ -198,11 +197,6 @@ impl Cuda {
     pub fn set_link_limit(&self, limit: Option<Bytes>) {
         self.0.throttle.set(limit);
     }
-
-    /// VRAM that weights, activations and the rest of this process take, as far as is known.
-    pub fn used(&self) -> Bytes {
-        Bytes(self.0.vram.used())
-    }
 }
 
 /// What is taken of a card, by whomever; `None` where nobody tells.
@@ -231,16 +225,6 @@ impl Device for Cuda {
 
     fn compute_dtype(&self) -> DType {
         self.0.compute
-    }
-
-    fn travels_as(&self, stored: Dtype) -> Option<DType> {
-        Some(match stored {
-            Dtype::BF16 => DType::BF16,
-            Dtype::F16 => DType::F16,
-            Dtype::F32 => DType::F32,
-            Dtype::U8 | Dtype::I8 => DType::U8,
-            _ => return None,
-        })
     }
 
     /// int8 weights are expanded before they are multiplied by.

@@ -20,6 +20,8 @@ use crate::{Bytes, Result};
 
 /// The driver maps memory in pages of this size.
 const PAGE: u64 = 2 << 20;
+/// Pools reserve in pages of this size.
+const POOL_PAGE: u64 = 16 * PAGE;
 /// How often free memory is read.
 const PERIOD: Duration = Duration::from_millis(10);
 /// What libraries take after the context was made (modules, workspaces), before it was measured.
@@ -96,8 +98,8 @@ impl Vram {
         // SAFETY: the context was bound to this thread.
         let mut start = unsafe { result::malloc_sync(size) };
         if start.is_err() {
-            // What the pool reserved and does not use may be what is missing.
-            self.pool.lock().trim();
+            // What the pools reserved and do not use may be what is missing.
+            self.trim();
             // SAFETY: as above.
             start = unsafe { result::malloc_sync(size) };
         }
@@ -157,19 +159,24 @@ impl Vram {
 
     /// The most that activations reserved since the last call; from here on it is counted anew.
     pub(super) fn take_peak(&self) -> u64 {
+        if self.limit.is_some() {
+            self.measure_libraries();
+        }
         let mut pool = self.pool.lock();
         let high = pool.reserved().max(pool.high);
         pool.high = 0;
-        if self.limit.is_some() {
-            self.measure_libraries(high);
-        }
         high
     }
 
     /// What libraries take shows once something has run: what is gone and is neither ours nor the
     /// context's. Others may take and give back beside us, so the least that was seen counts.
-    fn measure_libraries(&self, reserved: u64) {
-        let ours = self.weights.load(Ordering::Relaxed) + reserved;
+    fn measure_libraries(&self) {
+        // Now, not as the watching thread saw it: what was taken since would look like less of theirs.
+        if let Err(error) = self.look() {
+            tracing::debug!("{error}");
+            return;
+        }
+        let ours = self.weights.load(Ordering::Relaxed) + self.reserved();
         let free = self.free.load(Ordering::Relaxed);
         let gone = self.free_at_start.saturating_sub(free).saturating_sub(ours);
         // Never none: the driver rounds.
@@ -212,12 +219,6 @@ impl Vram {
         self.pool.lock().trim();
         self.retired.lock().iter_mut().for_each(Pool::trim);
     }
-
-    /// What weights, activations and everything else of this process take, as far as is known.
-    pub(super) fn used(&self) -> u64 {
-        let ours = self.weights.load(Ordering::Relaxed) + self.reserved();
-        ours + self.base + self.libraries.load(Ordering::Relaxed)
-    }
 }
 
 impl Drop for Vram {
@@ -257,9 +258,11 @@ impl Pool {
         props.allocType = sys::CUmemAllocationType::CU_MEM_ALLOCATION_TYPE_PINNED;
         props.location.type_ = sys::CUmemLocationType::CU_MEM_LOCATION_TYPE_DEVICE;
         props.location.id = context.ordinal() as i32;
-        // Whole pages of the pool's own, which are larger than the card's.
-        props.maxSize =
-            (cap / (16 * PAGE) * (16 * PAGE)).max(if cap == 0 { 0 } else { 16 * PAGE }) as usize;
+        // Whole pages of the pool's own; none would mean no limit.
+        props.maxSize = match cap {
+            0 => 0,
+            cap => (cap / POOL_PAGE).max(1) * POOL_PAGE,
+        } as usize;
         // SAFETY: the device is that of the context just bound; the attribute is a u64.
         unsafe {
             let device = context.cu_device();
