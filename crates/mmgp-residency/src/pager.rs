@@ -18,27 +18,18 @@ use candle_core::{Device as Candle, Tensor};
 use crossbeam_channel::{Receiver, Sender};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
-use self::state::{Model, Phase, SlotState, State};
+use self::state::{Model, Phase, State};
 use crate::{
-    BlockImage, Budget, Budgets, Bytes, Device, Digest, Error, Host, ModelReport, Occupancy, Plan,
-    Report, Result, Slot,
-    plan::ModelPlan,
-    report::{Forecast, form},
-    schedule::Choice,
+    BlockImage, Budget, Budgets, Bytes, Device, Error, Host, Occupancy, Plan, Result, Slot,
 };
 
 mod attach;
+mod passes;
+mod shows;
 mod state;
 mod timing;
 
 pub use attach::{Attachment, Attachments, BlockTarget};
-
-/// A plan is remade when costs have changed by more than this share, ...
-const DRIFT: f64 = 0.1;
-/// ... and adopted when it saves more than this one.
-const WORTH: f64 = 0.01;
-/// Passes between two searches, at most, where they find nothing.
-const PATIENCE: u32 = 64;
 
 /// Threads that fetch blocks: one fetches ahead, one is there when that was the wrong one.
 const FETCHERS: usize = 2;
@@ -170,144 +161,6 @@ impl Pager {
         self.0.cancelled.clone()
     }
 
-    /// What happened so far.
-    pub fn report(&self) -> Report {
-        let mut state = self.0.state.lock();
-        let state = &mut *state;
-        for model in &mut state.models {
-            model.timing.read_all();
-            for slot in 0..model.slots.len() {
-                model.look_at(slot);
-            }
-        }
-        let models = state.models.iter().enumerate().map(|(at, m)| ModelReport {
-            name: m.name.clone(),
-            disk: Bytes(m.disk),
-            weights: Bytes(m.blocks.iter().map(|b| b.image.bytes).sum()),
-            attached: Bytes(m.attached()),
-            form: form(&m.blocks),
-            limit: Bytes(
-                state.plan.as_ref().and_then(|p| p.models.get(at)).map_or(u64::MAX, |p| p.limit.0),
-            ),
-            peak: Bytes(m.stats.peak),
-            read: Bytes(m.stats.read),
-            streamed: Bytes(m.stats.streamed),
-            copies: m.stats.copies,
-            visits: m.stats.visits,
-            hits: m.stats.hits,
-            stalled: m.timing.stalled,
-        });
-        let models: Vec<ModelReport> = models.collect();
-        Report {
-            budget: Bytes(state.plan.as_ref().map_or(u64::MAX, |p| p.budget.0)),
-            peak: Bytes(state.peak),
-            deviations: state.order.deviations,
-            locked: self.0.device.locked(),
-            copies: models.iter().map(|m| m.copies).sum(),
-            streamed: Bytes(models.iter().map(|m| m.streamed.0).sum()),
-            host: state.counters.host,
-            waits: state.counters.waits,
-            taken: state.counters.taken,
-            replans: state.counters.replans,
-            reruns: state.counters.reruns,
-            models,
-        }
-    }
-
-    /// What a steady pass of `model` takes by the schedule, as its blocks and copies were measured;
-    /// `None` before they were. `effort` is how many times as long as the pager's own search one for
-    /// [`Forecast::best`] looks.
-    pub fn forecast(&self, model: &str, effort: u32) -> Option<Forecast> {
-        let mut state = self.0.state.lock();
-        let at = state.live(model)?;
-        let m = &mut state.models[at];
-        m.timing.read_all();
-        let sizes = m.sizes(&*self.0.device);
-        let blocks = sizes.bytes();
-        let costs = m.timing.costs(blocks.len())?;
-        let plan = state.plan.as_ref()?.models.get(at)?;
-        let choice = plan.choice();
-        let room = sizes.room(plan.limit.0);
-        drop(state);
-        let best = Choice::search(&blocks, room, &costs, effort);
-        let streams = blocks.iter().zip(&choice.streams).filter(|(_, streams)| **streams);
-        let names = sizes.blocks[1..].iter().map(|(name, bytes)| (name.clone(), Bytes(*bytes)));
-        Some(Forecast {
-            link: costs.link,
-            streamed: Bytes(streams.map(|(bytes, _)| bytes).sum()),
-            schedule: choice.seconds(&blocks, &costs),
-            best: best.seconds(&blocks, &costs),
-            outside: costs.outside,
-            blocks: names.zip(&costs.blocks).map(|((n, b), &seconds)| (n, b, seconds)).collect(),
-        })
-    }
-
-    /// Bytes a second at which the blocks of `model` that stream now come to the device, into a slot that
-    /// is taken for this beside what the plan holds. Whatever computes meanwhile goes on.
-    ///
-    /// # Errors
-    /// A model that is not there or of which nothing streams; a device that refuses.
-    pub fn measure_link(&self, model: &str) -> Result<f64> {
-        let nothing =
-            |reason: &str| Error::NotPageable { model: model.into(), reason: reason.into() };
-        let images: Vec<Arc<BlockImage>> = {
-            let state = self.0.state.lock();
-            let at = state.live(model).ok_or_else(|| nothing("there is no such model"))?;
-            let m = &state.models[at];
-            let blocks = m.blocks.iter().zip(&m.slot_of);
-            let turns = |slot: usize| m.slots[slot].occupancy == Occupancy::Turns;
-            blocks.filter(|(_, slot)| turns(**slot)).map(|(b, _)| b.image.clone()).collect()
-        };
-        let largest = images.iter().map(|image| image.bytes).max();
-        let largest = largest.ok_or_else(|| nothing("nothing of it streams"))?;
-        let mut slot = self.0.device.slot(Bytes(largest), Occupancy::Turns)?;
-        let (mut bytes, mut seconds) = (0., 0.);
-        for image in &images {
-            slot.fill(image)?;
-            let moved = loop {
-                match slot.moved() {
-                    Some(moved) => break moved,
-                    None => std::thread::sleep(Duration::from_micros(50)),
-                }
-            };
-            bytes += moved.bytes.0 as f64;
-            seconds += moved.took.as_secs_f64();
-        }
-        Ok(bytes / seconds)
-    }
-
-    /// The digests of a model's blocks as they lie in slots, the stem's first: what a later run may
-    /// hold them to ([`ModelBuilder::expect`](crate::ModelBuilder::expect)). Reads all of the model,
-    /// one block at a time, beside what the plan holds.
-    ///
-    /// # Errors
-    /// A model that is not there; a file that cannot be read.
-    pub fn digests(&self, model: &str) -> Result<Vec<Digest>> {
-        let images = self.images(model).ok_or_else(|| Error::NotPageable {
-            model: model.into(),
-            reason: "there is no such model".into(),
-        })?;
-        let digest = |image: &BlockImage| {
-            let mut slot = self.0.device.slot(Bytes(image.bytes), Occupancy::Alone)?;
-            slot.fill(image)?;
-            slot.digest(&image.tensors)
-        };
-        images.iter().map(digest).collect()
-    }
-
-    /// The images of a model's blocks, the stem's first, without what is attached to them, or `None`
-    /// if there is no such model.
-    pub(crate) fn images(&self, model: &str) -> Option<Vec<BlockImage>> {
-        let state = self.0.state.lock();
-        let mut models = state.models.iter().filter(|m| !m.blocks.is_empty());
-        let model = models.find(|m| m.name == model)?;
-        let own = |(block, &own): (&NewBlock, &usize)| {
-            let image = &*block.image;
-            BlockImage::new(image.name.clone(), image.tensors[..own].to_vec())
-        };
-        Some(model.blocks.iter().zip(&model.own).map(own).collect())
-    }
-
     pub(crate) fn add(
         &self,
         name: String,
@@ -336,93 +189,6 @@ impl Pager {
             let plan = Arc::make_mut(plan);
             plan.weights.0 -= std::mem::take(&mut plan.models[model].bytes.0);
         }
-    }
-
-    /// A pass of `model` begins: what the last one showed is read, and the plan changed if that pays or
-    /// the memory that is there demands it.
-    pub(crate) fn begin_pass(&self, model: usize) -> Result<()> {
-        let device = &*self.0.device;
-        let mut state = self.0.state.lock();
-        state.order.pass(model);
-        if let Some(before) = state.running.replace(model) {
-            let peak = device.take_peak().0;
-            state.models[before].calibrate(peak);
-            if before != model {
-                device.trim();
-            }
-        }
-        state.models[model].timing.begin_pass();
-        if state.plan.is_none() {
-            return Ok(());
-        }
-        state.ceiling = device.ceiling()?.0;
-        self.replan(&mut state, model)?;
-        let allowed = state.models[model].allowed;
-        state.shrink(model, allowed);
-        device.share(Bytes(allowed))
-    }
-
-    /// Changes the plan of one model if that pays or memory demands it; not while a block of it is leased.
-    fn replan(&self, state: &mut MutexGuard<'_, State>, at: usize) -> Result<()> {
-        let device = &*self.0.device;
-        let Some(plan) = state.plan.clone() else { return Ok(()) };
-        let now = &plan.models[at];
-        let minimum = now.minimum().0;
-        let (limit, total) = state.limits(at, minimum);
-        state.models[at].allowed = total;
-        let shrinks = limit < now.held().0;
-        let streams = now.streaming_slots() > 0;
-        let grows = streams && limit / 50 > now.limit.0 / 49; // by more than 2 %
-        let costs =
-            if streams { state.models[at].timing.costs(now.slot_of.len() - 1) } else { None };
-        let drifted = match (&costs, &state.models[at].planned) {
-            (Some(new), Some(old)) => new.differ(old, DRIFT),
-            (new, _) => new.is_some(),
-        };
-        if !shrinks && !grows {
-            let m = &mut state.models[at];
-            if !drifted || m.rest > 0 {
-                m.rest = m.rest.saturating_sub(1);
-                return Ok(());
-            }
-        }
-        let leased = |s: &SlotState| matches!(s.phase, Phase::Leased { .. });
-        if state.models[at].slots.iter().any(leased) {
-            return Ok(());
-        }
-        let sizes = state.models[at].sizes(device);
-        let limit = limit.max(minimum);
-        let next = ModelPlan::make(&sizes, limit, costs.as_ref());
-        state.models[at].planned = costs.clone();
-        if let (false, false, Some(costs)) = (shrinks, grows, &costs) {
-            let blocks = sizes.bytes();
-            let seconds = |plan: &ModelPlan| plan.choice().seconds(&blocks, costs);
-            let m = &mut state.models[at];
-            if seconds(&next) > (1. - WORTH) * seconds(now) {
-                // Costs that never settle are not searched in every pass.
-                m.patience = (2 * m.patience).min(PATIENCE);
-                m.rest = m.patience;
-                return Ok(());
-            }
-            m.patience = 1;
-        }
-        let next = ModelPlan { total: Bytes(total), asked: now.asked, raised: now.raised, ..next };
-        while state.models[at].slots.iter().any(|s| matches!(s.phase, Phase::Filling)) {
-            self.0.changed.wait(state);
-        }
-        tracing::debug!(
-            "{}: {} resident, {} slots",
-            now.name,
-            next.residents(),
-            next.streaming_slots()
-        );
-        let freed = state.models[at].adopt(&next);
-        state.held -= freed;
-        state.counters.replans += 1;
-        let mut plan = plan;
-        Arc::make_mut(&mut plan).models[at] = next;
-        state.plan = Some(plan);
-        Ok(())
     }
 
     /// Waits until the block is there and binds it.
@@ -521,20 +287,6 @@ impl Pager {
         let now = if at.block == 0 { At { block: last, ..at } } else { at };
         self.fetch_ahead(&mut state, now);
         state.counters.host += begun.elapsed();
-    }
-
-    /// Whether what failed with `error` inside a block of `model` may run again: memory ran out, and some
-    /// was given back.
-    pub(crate) fn may_run_again(&self, model: usize, error: &candle_core::Error) -> Result<bool> {
-        let device = &*self.0.device;
-        if !device.is_out_of_memory(error) {
-            return Ok(false);
-        }
-        let mut state = self.0.state.lock();
-        let again = state.leave_more(model, device)?;
-        state.counters.reruns += u64::from(again);
-        tracing::debug!("memory ran out: {}", if again { "once more" } else { "nothing to give" });
-        Ok(again)
     }
 
     /// Starts the fetch of a block that is needed now, giving back what other models hold. Says
@@ -639,46 +391,6 @@ impl Pager {
         // Cannot fail: workers live as long as the sender does.
         let _ = self.0.jobs.send(Job { pager: self.0.clone(), at, memory, image });
         Ok(())
-    }
-
-    /// Waits until nothing is being fetched.
-    ///
-    /// # Errors
-    /// Leases that are out.
-    fn settle(&self, state: &mut MutexGuard<'_, State>) -> Result<()> {
-        let filling = |s: &SlotState| matches!(s.phase, Phase::Filling);
-        while state.models.iter().flat_map(|m| &m.slots).any(filling) {
-            self.0.changed.wait(state);
-        }
-        for (model, m) in state.models.iter().enumerate() {
-            if let Some(block) = m.slots.iter().find_map(|s| match s.phase {
-                Phase::Leased { block, .. } => Some(block),
-                _ => None,
-            }) {
-                let block = state.name(At { model, block });
-                return Err(Error::Busy { model: m.name.clone(), block });
-            }
-        }
-        Ok(())
-    }
-
-    fn adopt(&self, state: &mut MutexGuard<'_, State>, plan: Plan) -> Result<Arc<Plan>> {
-        self.settle(state)?;
-        for (at, plan) in plan.models.iter().enumerate() {
-            let m = &mut state.models[at];
-            let freed = m.adopt(plan);
-            m.allowed = plan.total.0;
-            m.planned = m.timing.costs(plan.slot_of.len() - 1);
-            state.held -= freed;
-        }
-        // What fits one model need not fit beside another.
-        let allowed = state.models.iter().map(|m| m.allowed).max().unwrap_or(0);
-        if let Some(model) = state.running.or(Some(0)).filter(|&m| m < state.models.len()) {
-            state.shrink(model, allowed);
-        }
-        let plan = Arc::new(plan);
-        state.plan = Some(plan.clone());
-        Ok(plan)
     }
 }
 

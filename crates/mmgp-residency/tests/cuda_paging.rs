@@ -2,8 +2,15 @@
 #![cfg(feature = "cuda")]
 #![allow(clippy::unwrap_used)]
 
-use candle_core::{DType, Device};
-use mmgp_residency::{Budget, Bytes, Cuda, CudaOptions, Error, Pager, Transfers};
+use std::{collections::BTreeMap, path::Path, sync::Arc};
+
+use candle_core::{DType, Device, Tensor};
+use half::bf16;
+use mmgp_io::{Checkpoint, Dtype, Overwrite, TensorSpec, Writer};
+use mmgp_quant::{Bias, Linear};
+use mmgp_residency::{
+    Budget, Bytes, Cuda, CudaOptions, Error, Files, ModelBuilder, Paged, Pager, Transfers,
+};
 
 mod common;
 use common::{build, run, values, write};
@@ -135,5 +142,62 @@ fn options_that_make_no_sense_are_refused() {
         CudaOptions { buffer: Bytes(1000), ..CudaOptions::default() },
     ] {
         assert!(matches!(Cuda::new(&options), Err(Error::Device(_))), "{options:?}");
+    }
+}
+
+/// Layers whose weights are large enough to be copied from where their file lies.
+fn wide(pager: &Pager, path: &Path, depth: usize) -> Paged<(), Linear> {
+    let builder = ModelBuilder::new(pager, "wide", Arc::new(Checkpoint::open(path).unwrap()));
+    let layer =
+        |i: usize| builder.block(&format!("layers.{i}")).linear(WIDE, WIDE, Bias::Yes).unwrap();
+    let layers = (0..depth).map(layer).collect();
+    builder.finish((), layers).unwrap()
+}
+
+const WIDE: usize = 512;
+
+#[test]
+fn registered_and_copied_files_give_the_same_bits_and_all_is_given_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("wide.safetensors");
+    let weight =
+        |i: usize| TensorSpec::new(format!("layers.{i}.weight"), Dtype::BF16, [WIDE, WIDE]);
+    let bias = |i: usize| TensorSpec::new(format!("layers.{i}.bias"), Dtype::BF16, [WIDE]);
+    let specs: Vec<TensorSpec> = (0..DEPTH).flat_map(|i| [bias(i), weight(i)]).collect();
+    let mut writer = Writer::create(&path, &specs, &BTreeMap::new(), Overwrite::No).unwrap();
+    for (seed, spec) in specs.iter().enumerate() {
+        let value = |i: usize| bf16::from_f32(((i * 7 + seed * 13) as f32).sin() * 0.05);
+        let count = spec.shape.iter().product::<usize>();
+        let bytes: Vec<u8> = (0..count).flat_map(|i| value(i).to_le_bytes()).collect();
+        writer.write(&spec.name, &bytes).unwrap();
+    }
+    writer.finish().unwrap();
+    let pass = |model: &Paged<(), Linear>| {
+        let device = model.pager().device().candle().clone();
+        let mut x = Tensor::ones((3, WIDE), DType::BF16, &device).unwrap();
+        for block in model.pass().unwrap().blocks() {
+            x = block.unwrap().run(|layer| layer.forward(&x)?.tanh()).unwrap();
+        }
+        let x = x.to_dtype(DType::F32).unwrap().flatten_all().unwrap();
+        x.to_vec1::<f32>().unwrap().into_iter().map(f32::to_bits).collect::<Vec<_>>()
+    };
+    let resident = open(&CudaOptions::default());
+    let expected = pass(&wide(&resident, &path, DEPTH));
+    for files in [Files::Registered, Files::Copied] {
+        let cuda = Cuda::new(&CudaOptions { files, ..CudaOptions::default() }).unwrap();
+        let locked = cuda.locked_counter();
+        let pager = Pager::over(cuda).unwrap();
+        let model = wide(&pager, &path, DEPTH);
+        pager.plan(Budget::Min).unwrap();
+        for _ in 0..4 {
+            assert_eq!(pass(&model), expected, "{files:?}");
+        }
+        let report = pager.report();
+        // Registered, a block comes in two copies: its weight, and what was gathered.
+        let each = if files == Files::Registered { 2 } else { 1 };
+        assert!(report.copies >= 3 * each * DEPTH as u64, "{files:?}: {report}");
+        assert!(locked().0 >= (DEPTH * 2 * WIDE * WIDE) as u64, "{files:?}: {}", locked());
+        drop(model);
+        assert_eq!(locked(), Bytes(0), "{files:?}");
     }
 }
