@@ -32,23 +32,16 @@ pub(super) fn storage_at(
     len: usize,
 ) -> candle_core::Result<CudaStorage> {
     let stream = device.cuda_stream();
-    // SAFETY (all): `start` is in a slot at a multiple of ALIGN that has so many values behind it,
-    // which the caller has copied there; or there are none.
-    let slice = match dtype {
-        DType::U8 => CudaStorageSlice::U8(unsafe { stream.upgrade_device_ptr::<u8>(start, len) }),
-        // SAFETY: as above.
-        DType::F16 => {
-            CudaStorageSlice::F16(unsafe { stream.upgrade_device_ptr::<f16>(start, len) })
+    // SAFETY: `start` is in a slot at a multiple of ALIGN that has so many values behind it, which the
+    // caller has copied there; or there are none.
+    let slice = unsafe {
+        match dtype {
+            DType::U8 => CudaStorageSlice::U8(stream.upgrade_device_ptr::<u8>(start, len)),
+            DType::F16 => CudaStorageSlice::F16(stream.upgrade_device_ptr::<f16>(start, len)),
+            DType::BF16 => CudaStorageSlice::BF16(stream.upgrade_device_ptr::<bf16>(start, len)),
+            DType::F32 => CudaStorageSlice::F32(stream.upgrade_device_ptr::<f32>(start, len)),
+            other => candle_core::bail!("slots do not hold {other:?}"),
         }
-        DType::BF16 => {
-            // SAFETY: as above.
-            CudaStorageSlice::BF16(unsafe { stream.upgrade_device_ptr::<bf16>(start, len) })
-        }
-        // SAFETY: as above.
-        DType::F32 => {
-            CudaStorageSlice::F32(unsafe { stream.upgrade_device_ptr::<f32>(start, len) })
-        }
-        other => candle_core::bail!("slots do not hold {other:?}"),
     };
     Ok(CudaStorage { slice, device: device.clone() })
 }
