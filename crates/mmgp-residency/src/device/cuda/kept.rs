@@ -12,13 +12,17 @@ use mmgp_io::SourceFile;
 use super::{
     failed,
     made::{Checked, Made, read_range},
-    pinned::{Locked, Pinned},
+    pinned::{Locked, PAGE, Pinned},
     registered::{Registered, Registrar},
 };
-use crate::{BlockImage, ImageTensor, Result, device::read::is_as_stored, image::LARGE};
+use crate::{
+    BlockImage, ImageTensor, Result, Segment,
+    device::read::is_as_stored,
+    image::{ALIGN, LARGE},
+};
 
-/// Ranges of a file with no more between them are registered as one.
-const GAP: u64 = 1 << 20;
+/// A tensor with a smaller part is gathered: parts lose less than a page at either end.
+const PARTS: u64 = 4 * PAGE as u64;
 /// Bytes that are read at once to check a block's digest.
 const CHECKED: usize = 32 << 20;
 
@@ -79,7 +83,13 @@ impl Keeper {
 
     /// The large tensors where their files lie, if that works for this block.
     fn in_place(&self, image: &BlockImage) -> Result<Option<Ready>> {
-        let direct = |t: &&ImageTensor| t.bytes() >= LARGE && is_as_stored(t);
+        // Each part is larger than the pages it may lose, and a page's end must not cut a value in two.
+        let whole = |t: &ImageTensor| {
+            let width = t.dtype.size_in_bytes() as u64;
+            let fits = |s: &Segment| s.source.len() >= PARTS && s.source.range().start % width == 0;
+            t.segments.iter().all(fits)
+        };
+        let direct = |t: &&ImageTensor| t.bytes() >= LARGE && is_as_stored(t) && whole(t);
         let mut stored: Vec<Stored<'_>> = Vec::new();
         for tensor in image.tensors.iter().filter(direct) {
             for segment in &tensor.segments {
@@ -94,27 +104,31 @@ impl Keeper {
         let same = |a: &Stored<'_>, b: &Stored<'_>| Arc::ptr_eq(a.file, b.file);
         stored.sort_by_key(|s| (Arc::as_ptr(s.file) as usize, s.range.start));
         let mut registered = Vec::new();
-        for near in stored.chunk_by(|a, b| same(a, b) && b.range.start <= a.range.end + GAP) {
-            let end = near.iter().map(|s| s.range.end).max().unwrap_or(0);
-            match self.registrar.register(near[0].file, near[0].range.start..end) {
-                Some(pages) => registered.push(pages),
-                None => return Ok(None),
-            }
-        }
         let mut pieces: Vec<Piece> = Vec::new();
-        for Stored { file, range, to } in &stored {
-            let from = file.mapped()[range.start as usize..].as_ptr();
-            let len = (range.end - range.start) as usize;
-            match pieces.last_mut() {
-                // Neighbours in the file that are neighbours in the slot go together.
-                Some(last)
-                    if last.from.wrapping_add(last.len) == from
-                        && last.to + last.len as u64 == *to =>
-                {
-                    last.len += len;
+        // One registration for what has no room for another block's large tensor between it.
+        for near in stored.chunk_by(|a, b| same(a, b) && b.range.start < a.range.end + LARGE) {
+            let end = near.iter().map(|s| s.range.end).max().unwrap_or(0);
+            let Some(held) = self.registrar.register(near[0].file, near[0].range.start..end) else {
+                return Ok(None);
+            };
+            for Stored { file, range, to } in near {
+                // The parts of pages at either end are gathered.
+                let start = range.start.max(held.pages.start);
+                let end = range.end.min(held.pages.end);
+                let from = file.mapped()[start as usize..].as_ptr();
+                let (to, len) = (to + (start - range.start), (end - start) as usize);
+                match pieces.last_mut() {
+                    // Neighbours in the file that are neighbours in the slot go together.
+                    Some(last)
+                        if last.from.wrapping_add(last.len) == from
+                            && last.to + last.len as u64 == to =>
+                    {
+                        last.len += len;
+                    }
+                    _ => pieces.push(Piece { from, to, len }),
                 }
-                _ => pieces.push(Piece { from, to: *to, len }),
             }
+            registered.push(held);
         }
         pieces.sort_by_key(|piece| piece.to);
         self.ready(image, pieces, registered)
@@ -138,8 +152,8 @@ impl Keeper {
         if covered < image.bytes as usize && holds(image, covered, image.bytes as usize) {
             rest.push(covered..image.bytes as usize);
         }
-        // Values are not cut in two: tensors begin at multiples of ALIGN, and pieces end with tensors.
-        let len: usize = rest.iter().map(Range::len).sum();
+        let gathered_len = |range: &Range<usize>| range.len().next_multiple_of(ALIGN as usize);
+        let len: usize = rest.iter().map(gathered_len).sum();
         let made = if len == 0 { Made::nothing(image) } else { Made::of(image)? };
         let mut gathered = None;
         if len > 0 {
@@ -152,7 +166,7 @@ impl Keeper {
                 self.readers.install(|| read_range(image, &made, range.clone(), bytes))?;
                 let from = memory.bytes()[at..].as_ptr();
                 pieces.push(Piece { from, to: range.start as u64, len: range.len() });
-                at += range.len();
+                at += gathered_len(&range);
             }
             gathered = Some(memory);
         }

@@ -57,7 +57,7 @@ pub(super) fn read_range(
         if from >= to {
             continue;
         }
-        // Tensors and ranges begin at multiples of ALIGN, so no value is cut in two.
+        // No value is cut in two: tensors begin at multiples of ALIGN, ranges at whole values.
         let bytes = &mut out[from - range.start..to - range.start];
         let wrong = || no_way(tensor, "it cannot be staged");
         match made {

@@ -49,16 +49,18 @@ impl Registrar {
         self.works.load(Ordering::Relaxed)
     }
 
-    /// Locks the pages of `range` of the file, which may take as long as reading it does; `None` where
-    /// the limit on locked memory does not allow it or the driver refuses.
+    /// Locks the pages that lie wholly in `range` of the file, which may take as long as reading them does;
+    /// `None` where there are none, the limit on locked memory does not allow it or the driver refuses.
+    ///
+    /// Pages that the range shares with its neighbours are left out: the driver registers none twice.
     pub(super) fn register(&self, file: &Arc<SourceFile>, range: Range<u64>) -> Option<Registered> {
         let map = file.mapped();
-        let (start, end) = (range.start as usize / PAGE * PAGE, range.end as usize);
+        let start = (range.start as usize).next_multiple_of(PAGE);
+        let end = range.end as usize / PAGE * PAGE;
         if !self.works() || end > map.len() || start >= end {
             return None;
         }
-        // The map's last page is whole, though the file may end inside it.
-        let len = (end - start).next_multiple_of(PAGE);
+        let len = end - start;
         let booked = self.locked.book(len as u64)?;
         let first = map[start..].as_ptr();
         let registered = self.context.bind_to_thread().and_then(|()| {
@@ -67,6 +69,10 @@ impl Registrar {
                 .result()
         });
         if let Err(error) = registered {
+            // Somebody else of this process has it: that says nothing of other files.
+            if error.0 == sys::CUresult::CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED {
+                return None;
+            }
             let path = file.path().display();
             tracing::warn!(
                 "{path} cannot be registered ({error}): copied to locked memory instead"
@@ -75,12 +81,16 @@ impl Registrar {
             return None;
         }
         let context = self.context.clone();
-        Some(Registered { first: first as usize, context, _file: file.clone(), _booked: booked })
+        let pages = start as u64..end as u64;
+        let first = first as usize;
+        Some(Registered { pages, first, context, _file: file.clone(), _booked: booked })
     }
 }
 
 /// A registration; ends when it is dropped, which must be after the copies from it.
 pub(super) struct Registered {
+    /// The bytes of the file.
+    pub(super) pages: Range<u64>,
     /// The address that it was made with.
     first: usize,
     context: Arc<CudaContext>,
