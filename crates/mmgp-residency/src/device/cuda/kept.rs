@@ -152,21 +152,18 @@ impl Keeper {
         if covered < image.bytes as usize && holds(image, covered, image.bytes as usize) {
             rest.push(covered..image.bytes as usize);
         }
-        let gathered_len = |range: &Range<usize>| range.len().next_multiple_of(ALIGN as usize);
-        let len: usize = rest.iter().map(gathered_len).sum();
+        let (places, len) = places(&rest);
         let made = if len == 0 { Made::nothing(image) } else { Made::of(image)? };
         let mut gathered = None;
         if len > 0 {
             let Some(mut memory) = Pinned::new(&self.context, &self.locked, len)? else {
                 return Ok(None);
             };
-            let mut at = 0;
-            for range in rest {
+            for (range, at) in rest.into_iter().zip(places) {
                 let bytes = &mut memory.bytes_mut()[at..at + range.len()];
                 self.readers.install(|| read_range(image, &made, range.clone(), bytes))?;
                 let from = memory.bytes()[at..].as_ptr();
                 pieces.push(Piece { from, to: range.start as u64, len: range.len() });
-                at += gathered_len(&range);
             }
             gathered = Some(memory);
         }
@@ -184,6 +181,20 @@ impl Keeper {
         let copied = self.context.new_event(None).map_err(|e| failed("an event", e))?;
         Ok(Some(Ready { pieces, _registered: registered, _gathered: gathered, copied }))
     }
+}
+
+/// Where in one piece of memory the ranges of a slot are gathered, and how much that takes. Each lies as its
+/// range does between multiples of ALIGN, so that values of any width are aligned as in the slot.
+fn places(ranges: &[Range<usize>]) -> (Vec<usize>, usize) {
+    let align = ALIGN as usize;
+    let mut len = 0;
+    let place = |range: &Range<usize>| {
+        let at = len + range.start % align;
+        len = (at + range.len()).next_multiple_of(align);
+        at
+    };
+    let places = ranges.iter().map(place).collect();
+    (places, len)
 }
 
 /// Whether any tensor has bytes in the range `from..to` of the slot.
@@ -217,6 +228,70 @@ impl Drop for Ready {
     fn drop(&mut self) {
         if let Err(error) = self.copied.synchronize() {
             tracing::error!("copies from locked memory: {error}");
+        }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use candle_core::DType;
+    use mmgp_io::{Checkpoint, Dtype, Overwrite, TensorSpec, Writer};
+
+    use super::*;
+
+    /// Codes at an odd place of the file, and scales behind them in the slot: cut anywhere in the codes, the
+    /// rest is gathered at a place where its values are aligned, and has the bytes of the slot.
+    #[test]
+    fn ranges_that_begin_anywhere_in_codes_are_gathered() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.safetensors");
+        let specs = [
+            TensorSpec::new("scales", Dtype::BF16, [37]),
+            TensorSpec::new("odd", Dtype::U8, [3]),
+            TensorSpec::new("codes", Dtype::I8, [700]),
+        ];
+        let mut writer = Writer::create(&path, &specs, &BTreeMap::new(), Overwrite::No).unwrap();
+        for spec in &specs {
+            let bytes: Vec<u8> = (0..spec.bytes().unwrap()).map(|i| (i * 7 % 251) as u8).collect();
+            writer.write(&spec.name, &bytes).unwrap();
+        }
+        writer.finish().unwrap();
+        let file = Checkpoint::open(&path).unwrap();
+        let tensor = |name: &str, dtype, shape: usize| ImageTensor {
+            name: name.into(),
+            dtype,
+            shape: vec![shape],
+            offset: 0,
+            segments: vec![Segment {
+                source: file.tensor(name).unwrap().clone(),
+                element: 0,
+                stride: None,
+            }],
+            making: crate::Making::Values,
+        };
+        let image = BlockImage::new(
+            "block".into(),
+            vec![tensor("codes", DType::U8, 700), tensor("scales", DType::BF16, 37)],
+        );
+        let made = Made::of(&image).unwrap();
+        let size = image.bytes as usize;
+        let mut slot = vec![0u64; size / 8];
+        let slot: &mut [u8] = bytemuck::cast_slice_mut(&mut slot);
+        read_range(&image, &made, 0..size, slot).unwrap();
+        assert!(slot[..700].iter().any(|&byte| byte != 0));
+        for first in 0..700 {
+            let ranges = [first / 2..first / 2 + 1, first..size];
+            let (places, len) = places(&ranges);
+            let mut memory = vec![0u64; len / 8];
+            let memory: &mut [u8] = bytemuck::cast_slice_mut(&mut memory);
+            for (range, at) in ranges.iter().zip(places) {
+                let bytes = &mut memory[at..at + range.len()];
+                read_range(&image, &made, range.clone(), bytes).unwrap();
+                assert_eq!(*bytes, slot[range.clone()], "{range:?}");
+            }
         }
     }
 }
