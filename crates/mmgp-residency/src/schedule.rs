@@ -13,6 +13,8 @@
 //! compute. Far from the point where link and computing take equally long, blocks that are spread evenly
 //! do well; near it only a search over this recurrence does.
 
+use rayon::prelude::*;
+
 /// Passes that are played before one is measured, so that the first copies do not count.
 const WARM: usize = 2;
 /// Passes that are measured.
@@ -21,8 +23,10 @@ const MEASURED: usize = 2;
 const TURNS: usize = 3;
 /// Moves that a search tries for each block.
 const MOVES: usize = 1500;
-/// Searches from the same beginning, of which the best counts.
-const SEARCHES: u64 = 2;
+/// Searches from the same beginning, side by side, of which the best counts.
+const SEARCHES: u32 = 4;
+/// A longer search has so many times as many of them, and makes each longer beyond that.
+const MORE: u32 = 8;
 /// How much worse, as a share, a pass may become by a move at first.
 const WARMTH: f64 = 0.005;
 
@@ -181,27 +185,28 @@ impl Choice {
     }
 
     /// The choice of the shortest steady pass that a search finds within `room` bytes. It begins with blocks
-    /// spread evenly and lets some stay in the place of others; `effort` is how long it looks. The same question always gets the same answer.
+    /// spread evenly and lets some stay in the place of others; `effort` is how long it looks. The same
+    /// question always gets the same answer.
     pub(crate) fn search(blocks: &[u64], room: u64, costs: &Costs, effort: u32) -> Self {
         let spread = Self::spread(blocks, room);
         if spread.turns == 0 || costs.blocks.len() != blocks.len() {
             return spread;
         }
-        let mut found: Option<(f64, Self)> = None;
+        let more = effort.clamp(1, MORE);
+        let moves = MOVES * blocks.len() * effort.div_ceil(more) as usize;
         // One slot is for those who have no room for two.
-        for turns in spread.turns..=TURNS.min(blocks.len()) {
-            let begin = Self::spread_beside(blocks, room, turns);
-            if begin.turns != turns || !begin.fits(blocks, room) {
-                continue;
-            }
-            for seed in 1..=SEARCHES {
-                let (seconds, choice) = begin.clone().improve(blocks, room, costs, effort, seed);
-                if found.as_ref().is_none_or(|(best, _)| seconds < best * 0.9999) {
-                    found = Some((seconds, choice));
-                }
-            }
-        }
-        found.map_or(spread, |(_, choice)| choice)
+        let beginnings: Vec<(u32, Self)> = (spread.turns..=TURNS.min(blocks.len()))
+            .map(|turns| (turns, Self::spread_beside(blocks, room, turns)))
+            .filter(|(turns, begin)| begin.turns == *turns && begin.fits(blocks, room))
+            .flat_map(|(_, begin)| (1..=SEARCHES * more).map(move |seed| (seed, begin.clone())))
+            .collect();
+        let found: Vec<(f64, Self)> = beginnings
+            .into_par_iter()
+            .map(|(seed, begin)| begin.improve(blocks, room, costs, moves, seed))
+            .collect();
+        // Of choices as good as each other, the first.
+        let best = found.into_iter().reduce(|a, b| if b.0 < a.0 * 0.9999 { b } else { a });
+        best.map_or(spread, |(_, choice)| choice)
     }
 
     fn improve(
@@ -209,11 +214,11 @@ impl Choice {
         blocks: &[u64],
         room: u64,
         costs: &Costs,
-        effort: u32,
-        seed: u64,
+        moves: usize,
+        seed: u32,
     ) -> (f64, Self) {
         let count = blocks.len() as u64;
-        let mut random = 0x9e37_79b9_7f4a_7c15u64.wrapping_mul(seed);
+        let mut random = 0x9e37_79b9_7f4a_7c15u64.wrapping_mul(u64::from(seed));
         let mut draw = |below: u64| {
             random ^= random << 13;
             random ^= random >> 7;
@@ -225,7 +230,6 @@ impl Choice {
         let mut best = (seconds, at.clone());
         // Nothing is quicker than computing alone.
         let floor = (costs.blocks.iter().sum::<f64>() + costs.outside) * 1.0001;
-        let moves = MOVES * blocks.len() * effort.max(1) as usize;
         for tried in 0..moves {
             if best.0 <= floor {
                 break;
