@@ -213,7 +213,8 @@ impl Pager {
         if short > 0 {
             state.relent(at.model, short, device);
         }
-        state.models[at.model].timing.asked(at.block, device);
+        let there = state.stays(at);
+        state.models[at.model].timing.asked(at.block, !there, device);
         let mut waited = Duration::ZERO;
         let mut demanded = false;
         let used = loop {

@@ -96,7 +96,8 @@ impl Clock for HostClock {
     }
 
     fn ended(&mut self) {
-        if let (Some(asked), Some(began)) = (self.asked, self.began) {
+        if let Some(began) = self.began {
+            let asked = self.asked.take().unwrap_or(began);
             self.last = Some(VisitTimes { stalled: began - asked, computed: began.elapsed() });
         }
     }

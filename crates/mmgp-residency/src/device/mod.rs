@@ -127,7 +127,8 @@ pub trait Device: Send + Sync {
 
 /// Times the visits of one block on the device, without waiting for it.
 ///
-/// The pager calls `asked`, `began` and `ended` in this order, on the thread that computes.
+/// The pager calls `asked`, `began` and `ended` in this order, on the thread that computes; `asked` not where
+/// the block has been there since an earlier visit, so that nothing can be waited for.
 pub trait Clock: Send {
     /// Computing needs the block from here on.
     fn asked(&mut self);

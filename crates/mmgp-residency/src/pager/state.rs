@@ -284,6 +284,13 @@ impl State {
         self.models[at.model].slot_of(at.block)
     }
 
+    /// Whether the block has been there since an earlier visit.
+    pub(super) fn stays(&mut self, at: At) -> bool {
+        let slot = self.slot_mut(at);
+        let used = matches!(slot.phase, Phase::Ready { block, used: true } if block == at.block);
+        used && slot.occupancy == Occupancy::Alone
+    }
+
     /// What must be taken before the block can be fetched.
     pub(super) fn missing(&mut self, at: At) -> u64 {
         let slot = self.slot_mut(at);

@@ -56,8 +56,8 @@ impl Timing {
         }
     }
 
-    /// Computing needs the block now.
-    pub(super) fn asked(&mut self, block: usize, device: &dyn Device) {
+    /// Computing needs the block now, and may have to wait for it.
+    pub(super) fn asked(&mut self, block: usize, may_wait: bool, device: &dyn Device) {
         if self.blocks.len() <= block {
             self.blocks.resize_with(block + 1, Block::default);
         }
@@ -69,7 +69,9 @@ impl Timing {
                 Err(error) => tracing::debug!("blocks are not timed: {error}"),
             }
         }
-        if let Some(clock) = clock {
+        if let Some(clock) = clock
+            && may_wait
+        {
             clock.asked();
         }
     }

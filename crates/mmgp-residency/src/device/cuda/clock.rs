@@ -16,6 +16,8 @@ pub(super) struct EventClock {
     asked: CudaEvent,
     began: CudaEvent,
     ended: CudaEvent,
+    /// Whether it was asked for the block before it began.
+    waited: bool,
     /// Whether a whole visit was recorded and not read.
     whole: bool,
 }
@@ -24,7 +26,7 @@ impl EventClock {
     pub(super) fn new(stream: &Arc<CudaStream>) -> Result<Self> {
         let event = || timed(stream);
         let (asked, began, ended) = (event()?, event()?, event()?);
-        Ok(Self { stream: stream.clone(), asked, began, ended, whole: false })
+        Ok(Self { stream: stream.clone(), asked, began, ended, waited: false, whole: false })
     }
 
     fn record(&mut self, which: fn(&Self) -> &CudaEvent) {
@@ -36,11 +38,12 @@ impl EventClock {
 
 impl Clock for EventClock {
     fn asked(&mut self) {
-        self.whole = false;
+        self.waited = true;
         self.record(|clock| &clock.asked);
     }
 
     fn began(&mut self) {
+        self.whole = false;
         self.record(|clock| &clock.began);
     }
 
@@ -54,7 +57,10 @@ impl Clock for EventClock {
             return None;
         }
         self.whole = false;
-        let stalled = between(&self.asked, &self.began)?;
+        let stalled = match std::mem::take(&mut self.waited) {
+            true => between(&self.asked, &self.began)?,
+            false => Duration::ZERO,
+        };
         Some(VisitTimes { stalled, computed: between(&self.began, &self.ended)? })
     }
 }

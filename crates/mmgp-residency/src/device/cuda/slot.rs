@@ -4,7 +4,7 @@ use std::{collections::HashMap, ops::Range, sync::Arc, time::Duration};
 
 use candle_core::{
     Storage, Tensor, TensorId,
-    cuda_backend::cudarc::driver::{CudaEvent, result, sys},
+    cuda_backend::cudarc::driver::{CudaEvent, DriverError, result, sys},
 };
 
 use super::{
@@ -38,6 +38,10 @@ pub(super) struct CudaSlot {
     free: CudaEvent,
     /// What was copied last, if nobody asked how long it took.
     moved: Option<u64>,
+    /// Whether the computing stream was told to wait for `ready` since the last copy: it need not be twice.
+    awaited: bool,
+    /// Whether anything may have been computed on the slot that `free` does not tell of.
+    unmarked: bool,
     /// For each block that was bound here, by the first of its tensors, what is exchanged under them: storages
     /// over the slot while it is unbound, poison while it is bound. Made once, so that a visit makes nothing.
     storages: HashMap<TensorId, Vec<Option<Storage>>>,
@@ -60,6 +64,8 @@ impl CudaSlot {
             ready,
             free,
             moved: None,
+            awaited: false,
+            unmarked: false,
             storages: HashMap::new(),
         })
     }
@@ -164,7 +170,8 @@ impl Slot for CudaSlot {
     }
 
     fn fill(&mut self, image: &BlockImage) -> Result<u64> {
-        let Shared { copies, stream, throttle, transfers, .. } = &*self.shared;
+        let shared = self.shared.clone();
+        let Shared { copies, stream, throttle, transfers, .. } = &*shared;
         if image.bytes > self.size as u64 {
             let (bytes, size) = (Bytes(image.bytes), Bytes(self.size as u64));
             return Err(Error::Device(format!("`{}` of {bytes} in a slot of {size}", image.name)));
@@ -173,6 +180,8 @@ impl Slot for CudaSlot {
         let order = |e| failed("ordering copies", e);
         self.moved = None;
         let kept = self.kept(image)?;
+        self.mark().map_err(order)?;
+        self.awaited = false;
         copies.wait(&self.free).map_err(order)?;
         self.begun.record(copies).map_err(order)?;
         let slowed = throttle.begin(copies)?;
@@ -218,7 +227,10 @@ impl Slot for CudaSlot {
 
     fn bind(&mut self, tensors: &[Tensor]) -> Result<()> {
         let Shared { device, stream, .. } = &*self.shared;
-        stream.wait(&self.ready).map_err(|e| failed("waiting for copies", e))?;
+        if !self.awaited {
+            stream.wait(&self.ready).map_err(|e| failed("waiting for copies", e))?;
+            self.awaited = true;
+        }
         let Some(first) = tensors.first() else { return Ok(()) };
         if self.storages.get(&first.id()).is_none_or(|known| known.len() != tensors.len()) {
             let (mut offset, mut made) = (0, Vec::with_capacity(tensors.len()));
@@ -236,12 +248,26 @@ impl Slot for CudaSlot {
 
     fn unbind(&mut self, tensors: &[Tensor]) -> Result<()> {
         let swapped = self.swap(tensors);
-        let recorded = self.free.record(&self.shared.stream);
-        swapped.and(recorded.map_err(|e| failed("ordering copies", e)))
+        self.unmarked = true;
+        // What stays is filled once: it need not be known when each visit of it is over.
+        let marked = match self.occupancy {
+            Occupancy::Turns => self.mark(),
+            Occupancy::Alone => Ok(()),
+        };
+        swapped.and(marked.map_err(|e| failed("ordering copies", e)))
     }
 }
 
 impl CudaSlot {
+    /// Makes `free` tell when all that was computed on the slot is over.
+    fn mark(&mut self) -> std::result::Result<(), DriverError> {
+        if self.unmarked {
+            self.free.record(&self.shared.stream)?;
+            self.unmarked = false;
+        }
+        Ok(())
+    }
+
     /// Exchanges what is under `tensors` and what is kept for them.
     fn swap(&mut self, tensors: &[Tensor]) -> Result<()> {
         let Some(first) = tensors.first() else { return Ok(()) };
@@ -260,7 +286,9 @@ impl Drop for CudaSlot {
         // They own nothing: the pager drops no bound slot, so what is kept is over the slot.
         self.storages.drain().flat_map(|(_, kept)| kept).flatten().for_each(release);
         // What was queued on the slot must be over before its memory is anyone else's.
-        let over = self.free.synchronize().and_then(|()| self.ready.synchronize());
+        let marked = self.mark();
+        let over =
+            marked.and_then(|()| self.free.synchronize()).and_then(|()| self.ready.synchronize());
         if let Err(error) = over {
             tracing::error!("a slot cannot be given back: {error}");
             return;
