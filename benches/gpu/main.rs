@@ -31,7 +31,7 @@ use mmgp_synth::Depth;
 
 use crate::{
     files::Files,
-    measure::{Alone, Session, system, workload},
+    measure::{Alone, Session, system, told, workload},
     results::{Copies, Failed, Results},
     row::Row,
     rows::{Form, Request, Set, Way, combined},
@@ -207,7 +207,7 @@ fn run(cli: &Cli) -> Result<bool> {
                 break;
             }
             at += 1;
-            let name = told(request, cli);
+            let name = told(request, cli.text);
             eprintln!("[{:>4.0} s] {at}/{all}: {name}", begun.elapsed().as_secs_f64());
             match measured(&mut session, request, wants_copies(request, &requests)) {
                 Ok((row, copies)) => {
@@ -216,6 +216,7 @@ fn run(cli: &Cli) -> Result<bool> {
                         eprintln!("    copies alone {:.1} GB/s", copies.gb_s);
                         results.copies_alone.push(copies);
                     }
+                    results::record(&cli.out, &row)?;
                     results.rows.push(row);
                 }
                 Err(error) => {
@@ -274,17 +275,6 @@ fn is_of(row: &Row, request: &Request, cli: &Cli, config: &FluxConfig) -> bool {
     (row.form, row.tokens, row.budget_bytes) == (request.form, request.image + cli.text, budget)
         && row.system == system(request)
         && row.workload == workload(config)
-}
-
-fn told(request: &Request, cli: &Cli) -> String {
-    format!(
-        "{} {} at {}, {} + {} tokens",
-        system(request),
-        request.form.name(),
-        request.budget,
-        request.image,
-        cli.text
-    )
 }
 
 fn tell(row: &Row) {

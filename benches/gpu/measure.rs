@@ -25,7 +25,7 @@ use crate::{
     chart::PLAIN,
     files::{Files, MODEL},
     results::Copies,
-    row::{Row, bound, median, most_streamed},
+    row::{Pass, Row, bound, median, most_streamed},
     rows::{Form, Request, Way},
 };
 
@@ -139,6 +139,7 @@ impl Session {
 
         let streams = in_force(pager).is_some_and(|plan| plan.streaming_slots() > 0);
         let (mut resident_times, mut links, mut times) = (Vec::new(), Vec::new(), Vec::new());
+        let mut beside_times = Vec::new();
         let mut timed = Counted::default();
         // Bytes and copies are counted once they arrived, so from one resident step to the next.
         let mut arrived = Counted::default();
@@ -157,8 +158,12 @@ impl Session {
                 break;
             }
             if streams && request.link.is_none() {
-                links.push(link_beside(pager, || Ok(resident().map(drop)?))?);
-                card.synchronize()?;
+                let (link, beside) = link_beside(pager, || {
+                    resident()?;
+                    card.synchronize()
+                })?;
+                links.push(link);
+                beside_times.extend(beside);
             }
             outputs.push(stream()?);
             card.synchronize()?;
@@ -188,7 +193,7 @@ impl Session {
         let budget_bytes = Some(plan.budget.0).filter(|&budget| budget != u64::MAX);
         let plan = in_force(pager).context("passes follow no plan")?;
         if let Some(forecast) = &forecast {
-            let blocks: Vec<u64> = forecast.blocks.iter().map(|block| block.1.0).collect();
+            let blocks: Vec<u64> = forecast.blocks.iter().map(|block| block.bytes.0).collect();
             let stem = plan.slots[0].capacity.0;
             let most = most_streamed(budget_bytes, stem, &blocks, plan.expansion.0);
             let verdict = if streamed <= most { "within" } else { "MORE THAN" };
@@ -227,7 +232,9 @@ impl Session {
             host_ms: timed.seconds(timed.host) * 1e3,
             slots: plan.streaming_slots(),
             resident_blocks: plan.residents(),
+            resident_beside_s: (!beside_times.is_empty()).then(|| median(beside_times)),
             step_times: times,
+            pass: forecast.map(|forecast| Pass::of(told(request, self.text), step_s, &forecast)),
         };
         let copies = match alone {
             Alone::Leave => None,
@@ -266,18 +273,22 @@ fn model(
     Ok(FluxTransformer::new(config, builder)?)
 }
 
-/// The rate of copies while `compute` goes on, as often as it takes.
-fn link_beside(pager: &Pager, compute: impl Fn() -> Result<()>) -> Result<f64> {
+/// The rate of copies while `compute` goes on, as often as it takes, and the seconds of each time that ended
+/// before the copies did.
+fn link_beside(pager: &Pager, compute: impl Fn() -> Result<()>) -> Result<(f64, Vec<f64>)> {
     thread::scope(|scope| {
         let copies = scope.spawn(|| pager.measure_link(MODEL));
+        let mut times = Vec::new();
         loop {
+            let begun = Instant::now();
             compute()?;
             if copies.is_finished() {
                 break;
             }
+            times.push(begun.elapsed().as_secs_f64());
         }
         let rate = copies.join().map_err(|_| anyhow!("the thread that copies came to an end"))?;
-        Ok(rate?)
+        Ok((rate?, times))
     })
 }
 
@@ -382,6 +393,12 @@ pub(crate) fn system(request: &Request) -> String {
         .link
         .map_or(String::new(), |limit| format!(", link at {} GB/s", limit.0 as f64 / 1e9));
     format!("{PLAIN}{ring}{link}")
+}
+
+/// A row's system, form, budget and tokens.
+pub(crate) fn told(request: &Request, text: usize) -> String {
+    let (form, budget, image) = (request.form.name(), request.budget, request.image);
+    format!("{} {form} at {budget}, {image} + {text} tokens", system(request))
 }
 
 /// What a row's model is called.

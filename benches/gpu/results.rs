@@ -3,6 +3,7 @@
 use std::{
     fmt::Write as _,
     fs,
+    io::Write as _,
     path::Path,
     time::{SystemTime, UNIX_EPOCH},
 };
@@ -49,6 +50,19 @@ pub(crate) struct Copies {
 pub(crate) struct Failed {
     pub(crate) row: String,
     pub(crate) error: String,
+}
+
+/// Appends what a row's schedule is made of to `gpu-passes.jsonl`, if it has one.
+///
+/// # Errors
+/// A folder that cannot be written to.
+pub(crate) fn record(out: &Path, row: &Row) -> Result<()> {
+    let Some(pass) = &row.pass else { return Ok(()) };
+    let path = out.join("gpu-passes.jsonl");
+    let line = serde_json::to_string(pass)? + "\n";
+    let file = fs::File::options().create(true).append(true).open(&path);
+    file.and_then(|mut file| file.write_all(line.as_bytes()))
+        .with_context(|| format!("{}", path.display()))
 }
 
 impl Results {
@@ -113,16 +127,16 @@ impl Results {
             "A step is one forward of the transformer. GB are 10^9 bytes, s and ms of one step, in the median of\n\
              groups of steps back to back. bound = max(resident, streamed / link), with the median of copies of\n\
              the same blocks beside resident steps, or the limit, as link; schedule = what the plan in force\n\
-             can reach, from block times; best = the schedule of the best plan of a search 100 times as long.\n\
+             can reach, from block times; beside copies = resident steps while the streamed blocks are copied; best = the schedule of the best plan of a search 100 times as long.\n\
              VRAM is all that is in use on the card less the resident model that is compared with, context and\n\
              activations included.\n\n",
         );
         out.push_str(
-            "| system | tokens | form | budget GB | step s | resident s | bound s | schedule s | best s | / bound \
+            "| system | tokens | form | budget GB | step s | resident s | beside copies s | bound s | schedule s | best s | / bound \
              | / schedule | streamed GB | link GB/s | copies | stall ms | pager ms | slots | resident blocks \
              | VRAM GB | locked GB | RSS GB | load s | same bytes |\n|---|--:|---|",
         );
-        out.push_str(&"--:|".repeat(19));
+        out.push_str(&"--:|".repeat(20));
         out.push_str("---|\n");
         for r in &self.rows {
             let some = |value: Option<f64>, digits: usize| {
@@ -134,13 +148,14 @@ impl Results {
             let over = if r.over_its_bar() { " (!)" } else { "" };
             let _ = writeln!(
                 out,
-                "| {} | {} | {} | {budget} | **{:.4}** | {:.4} | {:.4} | {} | {} | {:.3} | {}{over} | {:.2} \
+                "| {} | {} | {} | {budget} | **{:.4}** | {:.4} | {} | {:.4} | {} | {} | {:.3} | {}{over} | {:.2} \
                  | {} | {} | {:.1} | {:.2} | {} | {} | {} | {:.2} | {} | {:.1} | {} |",
                 r.system,
                 r.tokens,
                 r.form.name(),
                 r.step_s,
                 r.resident_s,
+                some(r.resident_beside_s, 4),
                 r.bound_s,
                 some(r.schedule_s, 4),
                 some(r.schedule_best_s, 4),

@@ -4,6 +4,7 @@
 //! plan in force can reach at most, as the pager computes it from block times. The engine is judged by
 //! the ratio to the schedule, the planner by how near the schedule comes to the bound.
 
+use mmgp_residency::Forecast;
 use serde::{Deserialize, Serialize};
 
 use crate::rows::Form;
@@ -56,8 +57,45 @@ pub(crate) struct Row {
     /// Slots in which blocks take turns.
     pub(crate) slots: usize,
     pub(crate) resident_blocks: usize,
+    /// Median of resident steps while the streamed blocks are copied beside them; none under a limit.
+    pub(crate) resident_beside_s: Option<f64>,
     /// Seconds per step, one for each group of steps back to back.
     pub(crate) step_times: Vec<f64>,
+    /// What its schedule was made of; stands in a file of its own.
+    #[serde(skip)]
+    pub(crate) pass: Option<Pass>,
+}
+
+/// A pass as it was measured and what its schedule is made of: a line of `gpu-passes.jsonl`, on which the
+/// pager's tests hold the recurrence to what a card did.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub(crate) struct Pass {
+    pub(crate) row: String,
+    /// Median seconds of a step.
+    pub(crate) step_s: f64,
+    /// Seconds outside blocks.
+    pub(crate) outside_s: f64,
+    /// Bytes a second, as the pager's own copies showed.
+    pub(crate) link: f64,
+    /// Slots in which blocks take turns.
+    pub(crate) slots: usize,
+    /// Of each block its bytes, its seconds, and whether it streams.
+    pub(crate) blocks: Vec<(u64, f64, bool)>,
+}
+
+impl Pass {
+    pub(crate) fn of(row: String, step_s: f64, forecast: &Forecast) -> Self {
+        let tenth_of_us = |seconds: f64| (seconds * 1e7).round() / 1e7;
+        let blocks = forecast.blocks.iter();
+        Self {
+            row,
+            step_s: tenth_of_us(step_s),
+            outside_s: tenth_of_us(forecast.outside),
+            link: forecast.link.round(),
+            slots: forecast.slots,
+            blocks: blocks.map(|b| (b.bytes.0, tenth_of_us(b.seconds), b.streams)).collect(),
+        }
+    }
 }
 
 impl Row {
@@ -138,7 +176,9 @@ pub(crate) mod tests {
             host_ms: 0.5,
             slots: 2,
             resident_blocks: 3,
+            resident_beside_s: Some(0.21),
             step_times: vec![step_s; 3],
+            pass: None,
         }
     }
 
@@ -185,7 +225,7 @@ pub(crate) mod tests {
             "system workload tokens form budget_bytes link_gb_s load_s step_s \
             resident_s streamed_bytes bound_s schedule_s ratio peak_vram_bytes peak_rss_bytes \
             locked_bytes copies stall_s same_bytes schedule_ratio schedule_best_s host_ms slots \
-            resident_blocks step_times"
+            resident_blocks resident_beside_s step_times"
                 .split_whitespace()
                 .collect();
         names.sort_unstable();

@@ -68,5 +68,5 @@ pub use lease::{Paged, Pass, Visit};
 pub use memory::HostMemory;
 pub use pager::{Attachment, Attachments, BlockTarget, Pager};
 pub use plan::{Budget, Budgets, ModelPlan, Plan, SlotPlan};
-pub use report::{Forecast, ModelReport, Report, process_peak};
+pub use report::{BlockForecast, Forecast, ModelReport, Report, process_peak};
 pub use save::Saved;

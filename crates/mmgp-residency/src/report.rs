@@ -77,8 +77,23 @@ pub struct Forecast {
     pub best: f64,
     /// Seconds of a pass outside its blocks.
     pub outside: f64,
-    /// Each block's name, bytes and seconds of computing.
-    pub blocks: Vec<(String, Bytes, f64)>,
+    /// Slots in which blocks take turns.
+    pub slots: usize,
+    /// In the order of the pass.
+    pub blocks: Vec<BlockForecast>,
+}
+
+/// What one block contributes to a pass.
+#[derive(Clone, Debug)]
+pub struct BlockForecast {
+    /// Its name.
+    pub name: String,
+    /// Its weights.
+    pub bytes: Bytes,
+    /// Seconds that it computes.
+    pub seconds: f64,
+    /// Whether it streams.
+    pub streams: bool,
 }
 
 impl fmt::Display for Report {

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use super::{NewBlock, Pager};
 use crate::{
     BlockImage, Bytes, Digest, Error, ModelReport, Occupancy, Report, Result,
-    report::{Forecast, form},
+    report::{BlockForecast, Forecast, form},
     schedule::Choice,
 };
 
@@ -70,15 +70,22 @@ impl Pager {
         let room = sizes.room(plan.limit.0);
         drop(state);
         let best = Choice::search(&blocks, room, &costs, effort);
-        let streams = blocks.iter().zip(&choice.streams).filter(|(_, streams)| **streams);
-        let names = sizes.blocks[1..].iter().map(|(name, bytes)| (name.clone(), Bytes(*bytes)));
+        let named = sizes.blocks[1..].iter().zip(&costs.blocks).zip(&choice.streams);
+        let named = named.map(|(((name, bytes), &seconds), &streams)| BlockForecast {
+            name: name.clone(),
+            bytes: Bytes(*bytes),
+            seconds,
+            streams,
+        });
+        let named: Vec<BlockForecast> = named.collect();
         Some(Forecast {
             link: costs.link,
-            streamed: Bytes(streams.map(|(bytes, _)| bytes).sum()),
+            streamed: Bytes(named.iter().filter(|b| b.streams).map(|b| b.bytes.0).sum()),
             schedule: choice.seconds(&blocks, &costs),
             best: best.seconds(&blocks, &costs),
             outside: costs.outside,
-            blocks: names.zip(&costs.blocks).map(|((n, b), &seconds)| (n, b, seconds)).collect(),
+            slots: choice.turns,
+            blocks: named,
         })
     }
 
