@@ -9,6 +9,7 @@ use std::{
     env,
     path::{Path, PathBuf},
     sync::Arc,
+    time::Instant,
 };
 
 use candle_core::{DType, Device, Tensor};
@@ -21,7 +22,7 @@ use mmgp_models::{
 };
 use mmgp_quant::QuantPolicy;
 use mmgp_residency::{
-    Budget, Budgets, Bytes, Cuda, CudaOptions, Files, ModelBuilder, Pager, Transfers,
+    Budget, Budgets, Bytes, Cuda, CudaOptions, Error, Files, ModelBuilder, Pager, Transfers,
 };
 use mmgp_synth::{Flux, Folder, Options};
 
@@ -31,8 +32,9 @@ const RUNS: u64 = 5;
 const CYCLES: usize = 200;
 /// Cycles after which whatever is made once was made.
 const SETTLED: usize = 10;
-/// What a block's page-locked bytes may be more than its own, for whole pages.
-const PAGES: u64 = 16 * 4096;
+/// What may be page-locked beside the weights that stream, as a part of them: whole pages, and small tensors
+/// that lie between large ones.
+const BETWEEN: u64 = 100;
 const MOST_GROWTH: u64 = 32 << 20;
 const SIDE: usize = 8;
 const TEXT: usize = 32;
@@ -180,9 +182,14 @@ impl Pair {
         Self { set: AdapterSet::new(pager, &["transformer"]), flux, t5 }
     }
 
-    fn adapt(&mut self, place: &Place) {
+    /// `false` if the budget is too small for it.
+    fn adapt(&mut self, place: &Place) -> bool {
         let adapter = Adapter::open(place.adapter()).unwrap();
-        self.set.load(&[(adapter, StepWeights::default())], Unfit::Fail).unwrap();
+        match self.set.load(&[(adapter, StepWeights::default())], Unfit::Fail) {
+            Ok(_) => true,
+            Err(mmgp_lora::Error::Residency(Error::BudgetTooSmall { .. })) => false,
+            Err(error) => panic!("{error}"),
+        }
     }
 }
 
@@ -203,7 +210,7 @@ impl References {
             pager.plan(Budget::Unlimited).unwrap();
             all.t5.insert(form, pair.t5.run(&device));
             all.flux.insert((form, false), pair.flux.run(&device));
-            pair.adapt(place);
+            assert!(pair.adapt(place));
             all.flux.insert((form, true), pair.flux.run(&device));
         }
         let mut distinct: Vec<&Vec<u32>> = all.flux.values().collect();
@@ -272,7 +279,9 @@ fn two_hundred_configurations_have_the_bits_of_the_resident_run() {
     let references = References::new(&place);
     let mut random = Random(seed());
     let (mut passes, mut streamed) = (0, 0);
-    for _ in 0..DEVICES {
+    let begun = Instant::now();
+    for at in 0..DEVICES {
+        println!("{at} of {DEVICES} devices after {:.0?}", begun.elapsed());
         let options = random.options();
         let first = Pager::over(Cuda::new(&options).unwrap()).unwrap();
         let device = first.device().candle().clone();
@@ -282,7 +291,8 @@ fn two_hundred_configurations_have_the_bits_of_the_resident_run() {
             let mut pair = Pair::new(&place, &pager, form);
             let least = pager.plan(Budget::Min).unwrap();
             let budgets = random.budgets(least.minimum, least.weights);
-            pager.plan(budgets.clone()).unwrap();
+            // The largest budget that was in force.
+            let mut most = pager.plan(budgets.clone()).unwrap().budget.0;
             let mut adapted = false;
             let mut told = vec![format!("{options:?}\n{form:?} {budgets:?}")];
             for pass in 0..3 + random.below(4) {
@@ -293,13 +303,17 @@ fn two_hundred_configurations_have_the_bits_of_the_resident_run() {
                     }
                     1 => {
                         let budgets = random.budgets(least.minimum, least.weights);
-                        let planned = pager.plan(budgets.clone());
-                        told.push(format!("{budgets:?}: {planned:?}"));
+                        told.push(format!("{budgets:?}"));
+                        // What fitted without the adapter may not with it.
+                        match pager.plan(budgets) {
+                            Ok(plan) => most = most.max(plan.budget.0),
+                            Err(Error::BudgetTooSmall { .. }) if adapted => {}
+                            Err(error) => panic!("{error}: {told:#?}"),
+                        }
                     }
                     2 => {
-                        pair.adapt(&place);
-                        adapted = true;
-                        told.push("adapted".into());
+                        adapted |= pair.adapt(&place);
+                        told.push(format!("adapted: {adapted}"));
                     }
                     3 if adapted => {
                         pair.set.clear().unwrap();
@@ -316,10 +330,12 @@ fn two_hundred_configurations_have_the_bits_of_the_resident_run() {
                 };
                 assert!(bits == *expected, "run {run}, pass {pass}: other bits\n{told:#?}");
                 passes += 1;
+                // A budget that is the least grows with what is attached.
+                most = most.max(pager.plan_in_force().unwrap().budget.0);
             }
             let report = pager.report();
             streamed += report.streamed.0;
-            assert!(report.peak <= report.budget, "{report}\n{told:#?}");
+            assert!(report.peak.0 <= most, "{report}\n{told:#?}");
         }
     }
     println!("{} configurations, {passes} passes, {} streamed", DEVICES * RUNS, Bytes(streamed));
@@ -359,7 +375,8 @@ fn two_hundred_lives_of_a_model_leave_nothing_behind() {
         let alone = model.slots.iter().filter(|slot| !slot.turns);
         let streams = model.bytes.0 - alone.map(|slot| slot.capacity.0).sum::<u64>();
         let found = locked().0;
-        assert!(found >= streams && found <= streams + PAGES * 8, "{plan}: {}", Bytes(found));
+        let most = streams + streams / BETWEEN;
+        assert!(found >= streams && found <= most, "{plan}: {found} locked, {streams} stream");
         drop(flux);
         drop(pager);
         assert_eq!(locked(), Bytes(0), "cycle {cycle}");

@@ -7,7 +7,7 @@
 //! gathered, as far as the limit on it allows; everything else passes through a few page-locked
 //! buffers, which several threads fill from the files.
 
-use std::sync::Arc;
+use std::{ffi::CStr, sync::Arc};
 
 use candle_core::{
     CudaDevice, DType, Device as Candle,
@@ -17,6 +17,7 @@ use candle_core::{
 use self::{
     clock::EventClock,
     kept::Keeper,
+    nvml::Nvml,
     pinned::{Locked, Pinned},
     registered::Registrar,
     ring::{Buffer, Ring},
@@ -141,18 +142,20 @@ impl Cuda {
                 options.buffers, options.buffer
             )));
         }
-        let taken_before = taken(options.ordinal);
+        let managed = managed(options.ordinal);
+        let taken = || managed.as_ref().and_then(Nvml::memory).map(|memory| memory.used);
+        let taken_before = taken();
         let device = CudaDevice::new_with_stream(options.ordinal)?;
         // SAFETY: streams are ordered by this module's events; candle uses one stream only.
         unsafe { device.disable_event_tracking() };
         let stream = device.cuda_stream();
         let context = stream.context();
         let copies = context.new_stream().map_err(|e| failed("a stream for copies", e))?;
-        let base = match (taken_before, taken(options.ordinal)) {
+        let base = match (taken_before, taken()) {
             (Some(before), Some(after)) => after.saturating_sub(before),
             _ => CONTEXT,
         };
-        let vram = Vram::new(context, options.vram_limit, options.margin, base)?;
+        let vram = Vram::new(context, options.vram_limit, options.margin, base, managed)?;
         let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
         let readers = rayon::ThreadPoolBuilder::new()
             .num_threads((cores * 3 / 4).clamp(1, 16))
@@ -199,8 +202,8 @@ impl Cuda {
     }
 }
 
-/// What is taken of a card, by whomever; `None` where nobody tells.
-fn taken(ordinal: usize) -> Option<u64> {
+/// The card of this number in the driver's management library, where there is one.
+fn managed(ordinal: usize) -> Option<Nvml> {
     let mut address = [0u8; 16];
     // SAFETY: the driver is initialised before a device is asked for; the buffer has as many bytes as
     // its length says.
@@ -210,8 +213,7 @@ fn taken(ordinal: usize) -> Option<u64> {
         let (start, len) = (address.as_mut_ptr().cast(), address.len() as i32);
         sys::cuDeviceGetPCIBusId(start, len, device).result().ok()?;
     }
-    let end = address.iter().position(|&byte| byte == 0)?;
-    nvml::used(std::str::from_utf8(&address[..end]).ok()?)
+    Nvml::open(CStr::from_bytes_until_nul(&address).ok()?)
 }
 
 fn failed(what: &str, error: DriverError) -> Error {

@@ -15,7 +15,7 @@ use std::{
 use candle_core::cuda_backend::cudarc::driver::{CudaContext, DriverError, result, sys};
 use parking_lot::Mutex;
 
-use super::failed;
+use super::{failed, nvml::Nvml};
 use crate::{Bytes, Result};
 
 /// The driver maps memory in pages of this size.
@@ -27,9 +27,14 @@ const PERIOD: Duration = Duration::from_millis(10);
 /// What libraries take after the context was made (modules, workspaces), before it was measured.
 const LIBRARIES: u64 = 384_000_000;
 
+/// What the management library and the context may tell apart of free memory, to be taken for the same.
+const SAME: u64 = 64 << 20;
+
 /// The VRAM of one GPU, as this process uses it.
 pub(super) struct Vram {
     context: Arc<CudaContext>,
+    /// Tells what is free, where it tells the same as the context does: asking that one makes launches wait.
+    managed: Option<Nvml>,
     limit: Option<u64>,
     margin: u64,
     /// Taken by the context when it was opened.
@@ -68,11 +73,20 @@ impl Vram {
         limit: Option<Bytes>,
         margin: Bytes,
         base: u64,
+        managed: Option<Nvml>,
     ) -> Result<Arc<Self>> {
         let (free, _) = context.mem_get_info().map_err(|e| failed("free memory", e))?;
+        let managed = managed.filter(|card| {
+            let told = card.memory().map(|memory| memory.free);
+            told.is_some_and(|told| told.abs_diff(free as u64) <= SAME)
+        });
+        if managed.is_none() {
+            tracing::debug!("free memory is asked of the context");
+        }
         let pool = Pool::new(context, 0).map_err(|e| failed("a memory pool", e))?;
         let vram = Arc::new(Self {
             context: context.clone(),
+            managed,
             limit: limit.map(|l| l.0),
             margin: margin.0,
             base,
@@ -151,8 +165,11 @@ impl Vram {
 
     /// Reads what is free now, and waits for no one to do so.
     pub(super) fn look(&self) -> Result<()> {
-        let (free, _) = self.context.mem_get_info().map_err(|e| failed("free memory", e))?;
-        self.free.store(free as u64, Ordering::Relaxed);
+        let free = match self.managed.as_ref().and_then(Nvml::memory) {
+            Some(memory) => memory.free,
+            None => self.context.mem_get_info().map_err(|e| failed("free memory", e))?.0 as u64,
+        };
+        self.free.store(free, Ordering::Relaxed);
         self.given.store(0, Ordering::Relaxed);
         Ok(())
     }
