@@ -235,11 +235,8 @@ fn costs_that_cannot_be_are_ignored() {
     pager.expect_costs("nobody", Some(costs()));
     assert_eq!(pager.expected_costs("nobody"), None);
     // The limits themselves can be.
-    let extreme = |seconds: f64, link: f64| PassCosts {
-        blocks: vec![seconds; DEPTH],
-        outside: 0.,
-        link,
-    };
+    let extreme =
+        |seconds: f64, link: f64| PassCosts { blocks: vec![seconds; DEPTH], outside: 0., link };
     for costs in [extreme(86_400., 1e15), extreme(f64::MIN_POSITIVE, 1e3)] {
         let (pager, tower, _) =
             planned(&file, &costs, |pager| pager.expect_costs("tower", Some(costs.clone())));
