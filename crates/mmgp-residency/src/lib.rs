@@ -70,3 +70,4 @@ pub use pager::{Attachment, Attachments, BlockTarget, Pager};
 pub use plan::{Budget, Budgets, ModelPlan, Plan, SlotPlan};
 pub use report::{BlockForecast, Forecast, ModelReport, Report, process_peak};
 pub use save::Saved;
+pub use schedule::PassCosts;

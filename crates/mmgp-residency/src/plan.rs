@@ -9,7 +9,7 @@ use std::{fmt, str::FromStr};
 
 use crate::{
     Bytes, Error, Result,
-    schedule::{Choice, Costs},
+    schedule::{Choice, PassCosts},
 };
 
 /// A limit on weights that are on the device at one moment.
@@ -124,7 +124,7 @@ pub(crate) struct Surroundings {
     /// What it has for weights while the model runs.
     pub(crate) ceiling: u64,
     /// What the model's passes cost, if that was measured.
-    pub(crate) costs: Option<Costs>,
+    pub(crate) costs: Option<PassCosts>,
 }
 
 /// A region for one block at a time, or for one block for good.
@@ -192,7 +192,7 @@ impl ModelPlan {
 
     /// The plan of a model within `limit` bytes: by the schedule if its costs are known, else with what
     /// stays spread evenly.
-    pub(crate) fn make(sizes: &ModelSizes, limit: u64, costs: Option<&Costs>) -> Self {
+    pub(crate) fn make(sizes: &ModelSizes, limit: u64, costs: Option<&PassCosts>) -> Self {
         let blocks = sizes.bytes();
         let room = sizes.room(limit);
         let choice = match costs {

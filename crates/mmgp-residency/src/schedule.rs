@@ -30,23 +30,48 @@ const MORE: u32 = 8;
 /// How much worse, as a share, a pass may become by a move at first.
 const WARMTH: f64 = 0.005;
 
-/// What a pass costs, as measured.
+/// The longest that a block, or what is outside of all, can be believed to take: a day.
+const LONGEST: f64 = 86_400.;
+/// Rates of a link that can be believed: from 1 kB/s to 1 PB/s.
+const LINKS: std::ops::RangeInclusive<f64> = 1e3..=1e15;
+
+/// What a pass of a model costs, as measured ([`Pager::measured_costs`](crate::Pager::measured_costs)). It
+/// depends on the machine and on the shapes that the model computes on, and decides which plan is made, never a
+/// number of the result.
 #[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Costs {
+pub struct PassCosts {
     /// Seconds that each block computes, in order; the stem is not among them.
-    pub(crate) blocks: Vec<f64>,
+    pub blocks: Vec<f64>,
     /// Seconds of a pass outside its blocks.
-    pub(crate) outside: f64,
+    pub outside: f64,
     /// Bytes a second that reach the device.
-    pub(crate) link: f64,
+    pub link: f64,
 }
 
-impl Costs {
-    /// Whether a pass or the link costs more or less than in `other` by a share of more than `share`.
-    pub(crate) fn differ(&self, other: &Self, share: f64) -> bool {
+impl PassCosts {
+    /// Whether a pass' blocks together, or the link, cost more or less than in `other` by a share of more than
+    /// `share` (0.1 is 10 %).
+    pub fn differ(&self, other: &Self, share: f64) -> bool {
         let far = |a: f64, b: f64| (a - b).abs() > share * a.max(b);
         let sum = |costs: &Self| costs.blocks.iter().sum::<f64>();
         far(sum(self), sum(other)) || far(self.link, other.link)
+    }
+
+    /// Why they cannot be those of a model of so many blocks, if they cannot.
+    pub(crate) fn doubt(&self, blocks: usize) -> Option<String> {
+        if self.blocks.len() != blocks {
+            return Some(format!("{} blocks, expected {blocks}", self.blocks.len()));
+        }
+        // NaN is in no range.
+        if let Some(at) =
+            self.blocks.iter().position(|s| !(f64::MIN_POSITIVE..=LONGEST).contains(s))
+        {
+            return Some(format!("{} s for block {at}", self.blocks[at]));
+        }
+        if !(0. ..=LONGEST).contains(&self.outside) {
+            return Some(format!("{} s outside the blocks", self.outside));
+        }
+        (!LINKS.contains(&self.link)).then(|| format!("{} bytes a second", self.link))
     }
 }
 
@@ -158,7 +183,7 @@ impl Choice {
     }
 
     /// Seconds of a steady pass: what one takes when many follow each other.
-    pub(crate) fn seconds(&self, blocks: &[u64], costs: &Costs) -> f64 {
+    pub(crate) fn seconds(&self, blocks: &[u64], costs: &PassCosts) -> f64 {
         let (mut copied, mut computed) = (0f64, 0f64);
         let mut free = [0f64; TURNS];
         let mut warm = 0.;
@@ -187,7 +212,7 @@ impl Choice {
     /// The choice of the shortest steady pass that a search finds within `room` bytes. It begins with blocks
     /// spread evenly and lets some stay in the place of others; `effort` is how long it looks. The same
     /// question always gets the same answer.
-    pub(crate) fn search(blocks: &[u64], room: u64, costs: &Costs, effort: u32) -> Self {
+    pub(crate) fn search(blocks: &[u64], room: u64, costs: &PassCosts, effort: u32) -> Self {
         let spread = Self::spread(blocks, room);
         if spread.turns == 0 || costs.blocks.len() != blocks.len() {
             return spread;
@@ -213,7 +238,7 @@ impl Choice {
         self,
         blocks: &[u64],
         room: u64,
-        costs: &Costs,
+        costs: &PassCosts,
         moves: usize,
         seed: u32,
     ) -> (f64, Self) {
@@ -271,16 +296,19 @@ mod tests {
     use super::*;
 
     /// FLUX.1-dev in bf16: 19 double and 38 single blocks.
-    fn flux(step: f64, link: f64) -> (Vec<u64>, Costs) {
+    fn flux(step: f64, link: f64) -> (Vec<u64>, PassCosts) {
         let kinds = [(680_000_000u64, 2.12), (283_000_000, 2.05)];
         let blocks: Vec<(u64, f64)> = [vec![kinds[0]; 19], vec![kinds[1]; 38]].concat();
         let sum: f64 = blocks.iter().map(|b| b.1).sum();
-        let costs =
-            Costs { blocks: blocks.iter().map(|b| b.1 * step / sum).collect(), outside: 0., link };
+        let costs = PassCosts {
+            blocks: blocks.iter().map(|b| b.1 * step / sum).collect(),
+            outside: 0.,
+            link,
+        };
         (blocks.into_iter().map(|b| b.0).collect(), costs)
     }
 
-    fn bound(blocks: &[u64], choice: &Choice, costs: &Costs) -> f64 {
+    fn bound(blocks: &[u64], choice: &Choice, costs: &PassCosts) -> f64 {
         let streamed = blocks.iter().zip(&choice.streams).filter(|(_, s)| **s);
         let bytes: u64 = streamed.map(|(b, _)| b).sum();
         (bytes as f64 / costs.link).max(costs.blocks.iter().sum::<f64>() + costs.outside)
@@ -288,7 +316,7 @@ mod tests {
 
     #[test]
     fn a_pass_is_as_long_as_the_recurrence_says() {
-        let costs = Costs { blocks: vec![1., 1.], outside: 0., link: 1. };
+        let costs = PassCosts { blocks: vec![1., 1.], outside: 0., link: 1. };
         // One slot: copies and computing take turns.
         let one = Choice { streams: vec![true, true], turns: 1 };
         assert_eq!(one.seconds(&[2, 2], &costs), 6.);
@@ -338,7 +366,7 @@ mod tests {
             share in 0.0f64..1.2,
         ) {
             let blocks: Vec<u64> = sizes.iter().map(|s| s.0).collect();
-            let costs = Costs {
+            let costs = PassCosts {
                 blocks: sizes.iter().map(|s| f64::from(s.1)).collect(),
                 outside: 0.5,
                 link: 3.,

@@ -3,6 +3,7 @@
 use std::{fmt, str::FromStr};
 
 use candle_core::Device;
+use mmgp_profiles::Hardware;
 use mmgp_residency::{Bytes, Error, Pager};
 
 /// The device that models run on.
@@ -32,15 +33,24 @@ pub(crate) struct GpuUse {
     pub(crate) synchronous: bool,
 }
 
+/// A device that was opened.
+pub(crate) struct Opened {
+    /// The pager over it.
+    pub(crate) pager: Pager,
+    /// What decides how fast it is, in words: the GPU and its driver, the processor and its cores; `None` where
+    /// that is not known.
+    pub(crate) machine: Option<String>,
+}
+
 impl DeviceChoice {
-    /// A pager over the device.
-    pub(crate) fn pager(self, gpu: &GpuUse) -> mmgp_residency::Result<Pager> {
+    /// Opens the device.
+    pub(crate) fn open(self, gpu: &GpuUse) -> mmgp_residency::Result<Opened> {
         let limited = gpu.vram_limit.is_some() || gpu.link_limit.is_some();
         match self {
             Self::Cpu if limited => {
                 Err(Error::Device("a limit on VRAM or on the link needs a GPU".into()))
             }
-            Self::Cpu => Pager::new(&Device::Cpu),
+            Self::Cpu => cpu(),
             Self::Cuda(ordinal) => cuda(ordinal, gpu),
             Self::Auto => cuda(0, gpu).or_else(|error| {
                 use mmgp_residency::Error::Quant;
@@ -53,14 +63,38 @@ impl DeviceChoice {
                     }
                     _ => tracing::info!("running on the CPU: {error}"),
                 }
-                Pager::new(&Device::Cpu)
+                cpu()
             }),
         }
     }
 }
 
+fn cpu() -> mmgp_residency::Result<Opened> {
+    Ok(Opened { pager: Pager::new(&Device::Cpu)?, machine: Some(host()) })
+}
+
+/// The processor and how many of its cores this process may use.
+fn host() -> String {
+    let cpus = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    format!("{}, {} cores", processor_in(&cpus), Hardware::detect().cores)
+}
+
+/// The processor that Linux' `/proc/cpuinfo` tells first, by name or, where it has none there, by numbers; the
+/// architecture without them.
+fn processor_in(cpus: &str) -> String {
+    let first = cpus.lines().take_while(|line| !line.trim().is_empty());
+    let of = |line: &str| {
+        let (key, value) = line.split_once(':')?;
+        let told = ["model name", "CPU implementer", "CPU part"].contains(&key.trim());
+        told.then(|| value.trim().to_string())
+    };
+    let told: Vec<String> =
+        std::iter::once(std::env::consts::ARCH.to_string()).chain(first.filter_map(of)).collect();
+    told.join(" ")
+}
+
 #[cfg(feature = "cuda")]
-fn cuda(ordinal: usize, gpu: &GpuUse) -> mmgp_residency::Result<Pager> {
+fn cuda(ordinal: usize, gpu: &GpuUse) -> mmgp_residency::Result<Opened> {
     use mmgp_residency::{Cuda, CudaOptions, Device as _, HostMemory, Transfers};
     let card = mmgp_quant::Card::of(ordinal)?;
     let of_ram = |share: f64| Some(Bytes((HostMemory::read()?.total.0 as f64 * share) as u64));
@@ -72,35 +106,39 @@ fn cuda(ordinal: usize, gpu: &GpuUse) -> mmgp_residency::Result<Pager> {
         link_limit: gpu.link_limit,
         ..CudaOptions::default()
     })?;
+    let card = format!("{} (sm_{}{})", card.name, card.capability.0, card.capability.1);
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
+    let driver = crate::tested::driver_in(&maps);
     if let Device::Cuda(device) = cuda.candle() {
-        self_test(&card, device)?;
+        self_test(&card, driver.as_deref(), device)?;
     }
-    Pager::over(cuda)
+    let machine = driver.map(|driver| format!("{card}, {driver}, {}", host()));
+    Ok(Opened { pager: Pager::over(cuda)?, machine })
 }
 
 /// Tests the kernels on the card, once for this card, driver and build.
 #[cfg(feature = "cuda")]
 fn self_test(
-    card: &mmgp_quant::Card,
+    card: &str,
+    driver: Option<&str>,
     device: &candle_core::CudaDevice,
 ) -> Result<(), mmgp_quant::Error> {
-    use crate::{Store, tested};
-    let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
-    let subject = tested::driver_in(&maps).map(|driver| tested::Subject {
-        card: format!("{} (sm_{}{})", card.name, card.capability.0, card.capability.1),
-        driver,
+    use crate::{Store, notes::Notes, tested};
+    let subject = driver.map(|driver| tested::Subject {
+        card: card.into(),
+        driver: driver.into(),
         version: env!("CARGO_PKG_VERSION").into(),
         kernels: blake3::hash(mmgp_quant::kernel_image()).to_hex().to_string(),
     });
-    let folder = Store::of_user().map(|store| store.folder().join("self-test"));
-    tested::once(folder.as_deref(), subject.as_ref(), || {
-        tracing::info!("testing the kernels on {}", card.name);
+    let notes = Store::of_user().map(|store| Notes::at(store.folder().join("self-test")));
+    tested::once(notes.as_ref(), subject.as_ref(), || {
+        tracing::info!("testing the kernels on {card}");
         mmgp_quant::self_test(device)
     })
 }
 
 #[cfg(not(feature = "cuda"))]
-fn cuda(_: usize, _: &GpuUse) -> mmgp_residency::Result<Pager> {
+fn cuda(_: usize, _: &GpuUse) -> mmgp_residency::Result<Opened> {
     Err(Error::NotPageable {
         model: "pager".into(),
         reason: "this build has no GPU support: build mmgp with `--features cuda`".into(),
@@ -151,11 +189,22 @@ mod tests {
         }
     }
 
+    #[test]
+    fn the_processor_is_what_linux_tells_first() {
+        let arch = std::env::consts::ARCH;
+        let pc =
+            "processor\t: 0\nmodel name\t: EPYC: 7\ncpu MHz\t\t: 3000\n\nmodel name\t: other\n";
+        assert_eq!(processor_in(pc), format!("{arch} EPYC: 7"));
+        let arm = "processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: 0xd4f\n\n";
+        assert_eq!(processor_in(arm), format!("{arch} 0x41 0xd4f"));
+        assert_eq!(processor_in(""), arch);
+    }
+
     #[cfg(not(feature = "cuda"))]
     #[test]
     fn a_build_without_gpus_says_so() {
         let pager =
-            |choice: DeviceChoice, gpu: &GpuUse| choice.pager(gpu).map_err(|e| e.to_string());
+            |choice: DeviceChoice, gpu: &GpuUse| choice.open(gpu).map_err(|e| e.to_string());
         let any = GpuUse::default();
         let error = pager(DeviceChoice::Cuda(0), &any).err().unwrap_or_default();
         assert!(error.contains("--features cuda"), "{error}");

@@ -39,11 +39,13 @@
 mod convert;
 mod device;
 mod error;
+mod notes;
 mod offload;
 mod picture;
 mod store;
 #[cfg(any(test, feature = "cuda"))]
 mod tested;
+mod times;
 
 pub use convert::Converted;
 pub use device::DeviceChoice;

@@ -18,7 +18,11 @@ use mmgp_residency::{
     Budget, Budgets, Bytes, ModelBuilder, Paged, Pager, Plan, Report, check_pageable,
 };
 
-use crate::{DeviceChoice, Entry, Error, Result, Store, device::GpuUse};
+use crate::{
+    DeviceChoice, Entry, Error, Result, Store,
+    device::{GpuUse, Opened},
+    times::Times,
+};
 
 /// Models whose adapters a LoRA file may hold; the first is meant where a file names none.
 const ADAPTED: [&str; 3] = ["transformer", "text_encoder", "text_encoder_2"];
@@ -30,6 +34,7 @@ pub struct Offload {
     budgets: Budgets,
     adapters: Option<AdapterSet>,
     store: Option<Stored>,
+    times: Times,
 }
 
 /// A store, and who hears of what is put into it.
@@ -93,7 +98,8 @@ impl OffloadBuilder {
     }
 
     /// Keeps what is quantized on the fly in `store` and takes it from there the next time; `tell`
-    /// hears a line for each model that is put into it. By default nothing is kept.
+    /// hears a line for each model that is put into it. What passes cost is kept there too, so that the first
+    /// plan of a later start on this machine is made with it ([`Offload::plan_for`]). By default nothing is kept.
     #[must_use]
     pub fn store(mut self, store: Store, tell: impl Fn(&str) + 'static) -> Self {
         self.store = Some(Stored { store, tell: Box::new(tell) });
@@ -110,9 +116,10 @@ impl OffloadBuilder {
             synchronous: *self.settings.async_transfers.get() == Switch::Off,
             ..self.gpu
         };
-        let pager = self.device.pager(&gpu)?;
+        let Opened { pager, machine } = self.device.open(&gpu)?;
         Ok(Offload {
             pager,
+            times: Times::new(self.store.as_ref().map(|s| s.store.times()), machine, &gpu),
             settings: self.settings,
             budgets: self.budgets,
             adapters: None,
@@ -167,6 +174,7 @@ impl Offload {
         let caps = self.settings.budgets_of(&names, self.budgets.total)?;
         self.budgets.models.extend(caps.models);
         let options = self.stored(dir.as_ref(), options)?;
+        self.times.forget_models();
         Ok(open_pipeline(dir.as_ref(), &self.pager, &options)?)
     }
 
@@ -314,7 +322,9 @@ impl Offload {
         Ok(())
     }
 
-    /// Draws with `pipeline`, the LoRAs at their weights for each step.
+    /// Draws with `pipeline`, the LoRAs at their weights for each step. With a [store](OffloadBuilder::store),
+    /// what passes cost is then kept in it, if it has no note on that or one that is off by more than 10 %; a note
+    /// that cannot be written is logged.
     ///
     /// # Errors
     /// Those of [`Pipeline::generate`].
@@ -330,13 +340,15 @@ impl Offload {
             }
         };
         set_step(0, request.steps);
+        self.times.begin(&self.pager, pipeline, request);
         let picture = pipeline.generate(request, &mut |event| {
             if let Event::Step { index, of } = event {
                 set_step(index, of);
             }
             tell(event);
-        });
-        Ok(picture?)
+        })?;
+        self.times.keep(&self.pager);
+        Ok(picture)
     }
 
     /// Changes the limit on all weights; takes effect with the next plan.
@@ -351,6 +363,17 @@ impl Offload {
     /// A budget that is too small, with the smallest that works.
     pub fn plan(&self) -> Result<Arc<Plan>> {
         Ok(self.pager.plan(self.budgets.clone())?)
+    }
+
+    /// Makes the plan as [`plan`](Self::plan) does, for pictures in the size and with the text length of
+    /// `request`: where the [store](OffloadBuilder::store) has a note on what their passes cost on this machine,
+    /// with that.
+    ///
+    /// # Errors
+    /// Those of [`plan`](Self::plan).
+    pub fn plan_for(&self, pipeline: &dyn Pipeline, request: &Request) -> Result<Arc<Plan>> {
+        self.times.begin(&self.pager, pipeline, request);
+        self.plan()
     }
 
     /// What happened so far.

@@ -1,4 +1,4 @@
-//! The store: what was quantized on the fly, kept for the next start.
+//! The store: what was quantized on the fly, and what passes cost, kept for the next start.
 //!
 //! An entry is a model's file in streaming order and, beside it and written after it, a note that
 //! says what it was made of and what each block must look like in memory. An entry without a note is
@@ -15,14 +15,15 @@ use mmgp_io::{read_json, write_json};
 use mmgp_residency::{Bytes, Digest};
 use serde::{Deserialize, Serialize};
 
-use crate::{Error, Result};
+use crate::{Error, Result, notes::Notes};
 
 /// Part of every key: changes when what is written for the same source does.
 const VERSION: u32 = 1;
 /// What a store holds at most by default.
 const CAP: Bytes = Bytes(50_000_000_000);
 
-/// A folder of models that were quantized on the fly.
+/// A folder of models that were quantized on the fly, and, in `times` below it, of notes on what models' passes cost:
+/// a few kB each, 256 at most.
 #[derive(Clone, Debug)]
 pub struct Store {
     folder: PathBuf,
@@ -76,6 +77,11 @@ impl Store {
         &self.folder
     }
 
+    /// The notes on what passes cost.
+    pub(crate) fn times(&self) -> Notes {
+        Notes::at(self.folder.join("times"))
+    }
+
     /// All entries, the one used last first. What is no entry is passed over.
     ///
     /// # Errors
@@ -100,7 +106,8 @@ impl Store {
         Ok(entries.into_iter().map(|(_, entry)| entry).collect())
     }
 
-    /// Removes all entries, and files of the store that are none; what was freed.
+    /// Removes all entries, files of the store that are none, and notes on what passes cost; what the entries
+    /// took.
     ///
     /// # Errors
     /// A folder that cannot be read, a file that cannot be removed.
@@ -113,6 +120,7 @@ impl Store {
                 fs::remove_file(&path).map_err(|source| Error::Write { path, source })?;
             }
         }
+        self.times().clear()?;
         Ok(Bytes(freed))
     }
 

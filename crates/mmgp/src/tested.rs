@@ -1,12 +1,12 @@
 //! What was tested on this machine already: the self-test of a GPU's kernels runs once for each card, driver
 //! and build, and a note in the user's cache folder says that it passed.
 //!
-//! A note is named after a hash of all that the result depends on. Where that is not known, or no note can be
-//! written, the test runs at each start.
-
-use std::path::{Path, PathBuf};
+//! The note is on all that the result depends on. Where that is not known, or no note can be written, the test runs
+//! at each start.
 
 use serde::{Deserialize, Serialize};
+
+use crate::notes::Notes;
 
 /// What a self-test's result depends on.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -21,43 +21,32 @@ pub(crate) struct Subject {
     pub(crate) kernels: String,
 }
 
-/// Runs `test`, unless a note in `folder` says that `subject` passed it; writes the note when it passes.
+/// Runs `test`, unless one of `notes` says that `subject` passed it; writes the note when it passes.
 ///
 /// # Errors
 /// Those of `test`.
 pub(crate) fn once<E>(
-    folder: Option<&Path>,
+    notes: Option<&Notes>,
     subject: Option<&Subject>,
     test: impl FnOnce() -> Result<(), E>,
 ) -> Result<(), E> {
-    let note = folder.zip(subject).map(|(folder, subject)| (note_of(folder, subject), subject));
-    let passed = |(path, subject): &(PathBuf, &Subject)| {
-        mmgp_io::read_json::<Subject>(path).is_ok_and(|found| found == **subject)
-    };
-    if note.as_ref().is_some_and(passed) {
+    let note = notes.zip(subject);
+    if note.is_some_and(|(notes, subject)| notes.read::<_, Passed>(subject).is_some()) {
         return Ok(());
     }
     test()?;
-    if let Some((path, subject)) = note
-        && let Err(why) = write(&path, subject)
+    if let Some((notes, subject)) = note
+        && let Err(why) = notes.write(subject, &Passed::Passed)
     {
         tracing::info!("the self-test of the GPU's kernels will run again: {why}");
     }
     Ok(())
 }
 
-fn note_of(folder: &Path, subject: &Subject) -> PathBuf {
-    let Subject { card, driver, version, kernels } = subject;
-    let key = blake3::hash(format!("{card}\n{driver}\n{version}\n{kernels}").as_bytes());
-    folder.join(format!("{}.json", &key.to_hex()[..24]))
-}
-
-fn write(path: &Path, subject: &Subject) -> crate::Result<()> {
-    if let Some(folder) = path.parent() {
-        let failed = |source| crate::Error::Write { path: folder.into(), source };
-        std::fs::create_dir_all(folder).map_err(failed)?;
-    }
-    Ok(mmgp_io::write_json(path, subject)?)
+/// All that a note says.
+#[derive(Serialize, Deserialize)]
+enum Passed {
+    Passed,
 }
 
 /// The driver's library that this process runs on, by what is mapped into it (`maps` is Linux'
@@ -78,7 +67,7 @@ pub(crate) fn driver_in(maps: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use std::{cell::Cell, fs};
+    use std::{cell::Cell, fs, path::Path};
 
     use super::*;
 
@@ -94,7 +83,9 @@ mod tests {
             ran.set(ran.get() + 1);
             passes.then_some(()).ok_or("wrong")
         };
-        let passed = subjects.iter().all(|subject| once(folder, subject.as_ref(), test).is_ok());
+        let notes = folder.map(Notes::at);
+        let passed =
+            subjects.iter().all(|subject| once(notes.as_ref(), subject.as_ref(), test).is_ok());
         (ran.get(), passed)
     }
 
@@ -141,7 +132,7 @@ mod tests {
         assert_eq!(run(Some(&file.join("self-test")), &twice, true), (2, true));
         // The failure above left no note; a damaged one is none.
         assert_eq!(run(Some(dir.path()), &twice, true), (1, true));
-        fs::write(note_of(dir.path(), &subject("580")), "{").unwrap();
+        fs::write(Notes::at(dir.path()).place(&subject("580")), "{").unwrap();
         assert_eq!(run(Some(dir.path()), &twice, true), (1, true));
     }
 

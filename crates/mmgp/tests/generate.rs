@@ -161,6 +161,7 @@ fn ctrl_c_stops_at_the_next_block_and_leaves_nothing() {
     let mut child = Command::new(env!("CARGO_BIN_EXE_mmgp"))
         .args(["generate", "red heart", "--steps", "10000"])
         .current_dir(dir.path())
+        .env("XDG_CACHE_HOME", dir.path().join("cache"))
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();

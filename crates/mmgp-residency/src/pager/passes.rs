@@ -54,8 +54,7 @@ impl Pager {
         let shrinks = limit < now.held().0;
         let streams = now.streaming_slots() > 0;
         let grows = streams && limit / 50 > now.limit.0 / 49; // by more than 2 %
-        let costs =
-            if streams { state.models[at].timing.costs(now.slot_of.len() - 1) } else { None };
+        let costs = if streams { state.models[at].costs() } else { None };
         let drifted = match (&costs, &state.models[at].planned) {
             (Some(new), Some(old)) => new.differ(old, DRIFT),
             (new, _) => new.is_some(),
@@ -147,7 +146,7 @@ impl Pager {
             let m = &mut state.models[at];
             let freed = m.adopt(plan);
             m.allowed = plan.total.0;
-            m.planned = m.timing.costs(plan.slot_of.len() - 1);
+            m.planned = m.costs();
             state.held -= freed;
         }
         // What fits one model need not fit beside another.

@@ -1,4 +1,5 @@
-//! What a pager shows of itself: what happened, what is to be expected, and what its slots would hold.
+//! What a pager shows of itself: what happened, what is to be expected, and what its slots would hold; and
+//! what it is told to expect.
 
 use std::{sync::Arc, time::Duration};
 
@@ -6,7 +7,7 @@ use super::{NewBlock, Pager};
 use crate::{
     BlockImage, Bytes, Digest, Error, ModelReport, Occupancy, Report, Result,
     report::{BlockForecast, Forecast, form},
-    schedule::Choice,
+    schedule::{Choice, PassCosts},
 };
 
 impl Pager {
@@ -87,6 +88,59 @@ impl Pager {
             slots: choice.turns,
             blocks: named,
         })
+    }
+
+    /// What a pass of `model` costs, as this pager measured it: `None` for a model that is not there, and
+    /// before each block was timed (its first visit does not count) and something was copied into slots that
+    /// blocks take turns in. What a later run may [expect](Self::expect_costs).
+    pub fn measured_costs(&self, model: &str) -> Option<PassCosts> {
+        let mut state = self.0.state.lock();
+        let at = state.live(model)?;
+        let m = &mut state.models[at];
+        m.timing.read_all();
+        for slot in 0..m.slots.len() {
+            m.look_at(slot);
+        }
+        m.timing.costs(m.blocks.len() - 1)
+    }
+
+    /// What passes of `model` are expected to cost until they were measured, if that was told.
+    pub fn expected_costs(&self, model: &str) -> Option<PassCosts> {
+        let state = self.0.state.lock();
+        state.models[state.live(model)?].expected.clone()
+    }
+
+    /// From now on, passes of `model` are others than those before (the first ones, or on inputs of another
+    /// shape): what was measured of its blocks is forgotten, and `costs` counts until they were measured anew.
+    /// Plans are made with it, and one that is in force may change when the next pass begins.
+    ///
+    /// Costs that cannot be (another number of blocks, what is no positive number, more than a day for a block,
+    /// a link outside 1 kB/s to 1 PB/s) are ignored, and logged. Those that are merely wrong cost time.
+    pub fn expect_costs(&self, model: &str, costs: Option<PassCosts>) {
+        let mut state = self.0.state.lock();
+        let Some(at) = state.live(model) else {
+            tracing::info!("there is no model `{model}` to expect costs of");
+            return;
+        };
+        let m = &mut state.models[at];
+        m.timing.forget_blocks();
+        (m.rest, m.patience) = (0, 1);
+        let blocks = m.blocks.len() - 1;
+        m.expected = costs.filter(|costs| match costs.doubt(blocks) {
+            Some(doubt) => {
+                tracing::info!("{model}: costs of passes are ignored: {doubt}");
+                false
+            }
+            None => true,
+        });
+    }
+
+    /// The names of a model's blocks and their sizes in slots, the stem first, with what is attached to
+    /// them; `None` if there is no such model.
+    pub fn blocks(&self, model: &str) -> Option<Vec<(String, Bytes)>> {
+        let state = self.0.state.lock();
+        let blocks = &state.models[state.live(model)?].blocks;
+        Some(blocks.iter().map(|b| (b.image.name.clone(), Bytes(b.image.bytes))).collect())
     }
 
     /// Bytes a second at which the blocks of `model` that stream now come to the device, into a slot that

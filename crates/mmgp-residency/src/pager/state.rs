@@ -10,7 +10,7 @@ use crate::{
     order::Order,
     pager::{At, NewBlock, timing::Timing},
     plan::{ModelPlan, ModelSizes, Surroundings},
-    schedule::Costs,
+    schedule::PassCosts,
 };
 
 /// Of what there is for weights and activations, the share that activations get until they were measured.
@@ -66,8 +66,10 @@ pub(super) struct Model {
     /// What its activations needed beyond that when memory ran out.
     extra: u64,
     pub(super) timing: Timing,
+    /// What passes are expected to cost until they were measured, as the caller says.
+    pub(super) expected: Option<PassCosts>,
     /// The costs that its plan was made with.
-    pub(super) planned: Option<Costs>,
+    pub(super) planned: Option<PassCosts>,
     /// Passes in which costs may drift without a search, and how many there are after one in vain.
     pub(super) rest: u32,
     pub(super) patience: u32,
@@ -124,6 +126,7 @@ impl Model {
             peaks: [0; 2],
             extra: 0,
             timing: Timing::default(),
+            expected: None,
             planned: None,
             rest: 0,
             patience: 1,
@@ -148,6 +151,12 @@ impl Model {
         let tensors = self.blocks.iter().flat_map(|b| &b.image.tensors);
         let expansion = tensors.map(|t| device.expansion(t).0).max().unwrap_or(0);
         ModelSizes { name: self.name.clone(), blocks, expansion }
+    }
+
+    /// What a pass costs: as measured, or else as expected.
+    pub(super) fn costs(&self) -> Option<PassCosts> {
+        let blocks = self.blocks.len().saturating_sub(1);
+        self.timing.costs(blocks).or_else(|| self.expected.clone())
     }
 
     /// The slot in which a block lives.
@@ -263,7 +272,7 @@ impl State {
         let sizes: Vec<ModelSizes> = self.models.iter().map(|m| m.sizes(device)).collect();
         let around = |(model, sizes): (&Model, &ModelSizes)| Surroundings {
             ceiling: ceiling_for(model, self.ceiling, sizes.minimum()),
-            costs: model.timing.costs(sizes.blocks.len() - 1),
+            costs: model.costs(),
         };
         let surroundings: Vec<_> = self.models.iter().zip(&sizes).map(around).collect();
         Plan::make(&sizes, budgets, &surroundings, || device.available())

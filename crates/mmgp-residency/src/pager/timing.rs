@@ -5,7 +5,7 @@ use std::time::Duration;
 use crate::{
     Device,
     device::{Clock, Moved, VisitTimes},
-    schedule::Costs,
+    schedule::PassCosts,
 };
 
 /// Copies of fewer bytes say nothing about the rate of the link.
@@ -106,8 +106,17 @@ impl Timing {
         }
     }
 
+    /// Passes are others from now on: what was seen of blocks says nothing about them. The link stays.
+    pub(super) fn forget_blocks(&mut self) {
+        self.read_all();
+        for block in &mut self.blocks {
+            (block.seconds, block.visits) = ([None; 2], 0);
+        }
+        self.outside = 0.;
+    }
+
     /// What a pass over `blocks` blocks costs, once each was measured and something was copied.
-    pub(super) fn costs(&self, blocks: usize) -> Option<Costs> {
+    pub(super) fn costs(&self, blocks: usize) -> Option<PassCosts> {
         let measured = self.blocks.get(1..=blocks)?;
         let least = |b: &Block| match b.seconds {
             [Some(a), Some(b)] => Some(a.min(b)),
@@ -115,7 +124,7 @@ impl Timing {
         };
         let blocks = measured.iter().map(least).collect::<Option<Vec<f64>>>()?;
         let link = self.link.bytes / self.link.seconds;
-        (link.is_finite() && link > 0.).then_some(Costs { blocks, outside: self.outside, link })
+        (link.is_finite() && link > 0.).then_some(PassCosts { blocks, outside: self.outside, link })
     }
 
     fn clock(&mut self, block: usize) -> Option<&mut Box<dyn Clock>> {

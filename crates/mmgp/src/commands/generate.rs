@@ -90,8 +90,8 @@ pub(crate) struct Args {
     #[command(flatten)]
     quantize: Quantize,
 
-    /// Where quantized models are kept for the next start: a folder, or `off` [default: mmgp in the
-    /// user's cache folder]
+    /// Where quantized models, and times of passes, are kept for the next start: a folder, or `off`
+    /// [default: mmgp in the user's cache folder]
     #[arg(long, value_name = "DIR|off")]
     store: Option<StoreArg>,
 
@@ -166,14 +166,14 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     if let Some(budget) = budget {
         offload.set_budget(budget.parse::<Budget>().map_err(mmgp::Error::from)?);
     }
-    let mut plan = match offload.plan() {
+    let mut plan = match offload.plan_for(&*pipeline, &request) {
         // The pipeline's own default was made for its weights as they are stored.
         Err(mmgp::Error::Residency(mmgp_residency::Error::BudgetTooSmall { minimum, .. }))
             if args.budget.is_none() =>
         {
             eprintln!("note: the pipeline's default budget is too small here; using {minimum}");
             offload.set_budget(Budget::Min);
-            offload.plan()?
+            offload.plan_for(&*pipeline, &request)?
         }
         plan => plan?,
     };
@@ -183,7 +183,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
             let file = skipped.file.display();
             eprintln!("warning: {file}: skipped `{}`: {}", skipped.tensor, skipped.reason);
         }
-        plan = offload.plan()?;
+        plan = offload.plan_for(&*pipeline, &request)?;
     }
     if !args.is_quiet() {
         eprintln!("{plan}");

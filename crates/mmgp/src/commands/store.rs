@@ -5,7 +5,7 @@ use clap::Subcommand;
 
 use super::quantize::StoreArg;
 
-/// Show or clear the models that were quantized on the fly and kept.
+/// Show or clear what is kept for the next start: models that were quantized on the fly, times of passes.
 #[derive(clap::Args)]
 pub(crate) struct Args {
     #[command(subcommand)]
@@ -20,7 +20,7 @@ pub(crate) struct Args {
 enum Action {
     /// List the models, the one used last first
     List,
-    /// Remove them all
+    /// Remove them all, and the times
     Clear,
 }
 
