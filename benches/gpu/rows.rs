@@ -67,7 +67,7 @@ impl Steps {
             // A step takes seconds.
             8192.. => Self { warm_up: 2, groups: 1, each: 3 },
             2048.. => Self { warm_up: 3, groups: 3, each: 2 },
-            _ => Self { warm_up: 3, groups: 5, each: 2 },
+            _ => Self { warm_up: 3, groups: 5, each: 1 },
         }
     }
 }

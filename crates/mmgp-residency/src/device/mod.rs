@@ -109,6 +109,11 @@ pub trait Device: Send + Sync {
         false
     }
 
+    /// Whether memory that is not there is taken elsewhere, so that computing gets slow instead of failing.
+    fn spills(&self) -> bool {
+        false
+    }
+
     /// Whether a slot may be filled while another computes.
     fn overlaps(&self) -> bool {
         true

@@ -37,6 +37,7 @@ impl Pager {
             return Ok(());
         }
         state.ceiling = device.ceiling()?.0;
+        state.ease(model, device);
         self.replan(&mut state, model)?;
         let allowed = state.models[model].allowed;
         state.shrink(model, allowed);

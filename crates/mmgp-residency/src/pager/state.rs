@@ -17,6 +17,8 @@ use crate::{
 const GUESS: u64 = 4;
 /// What is kept free beside measured activations.
 const SPARE: u64 = 32 << 20;
+/// What is given up at least when there is too little for activations.
+const STEP: u64 = 256 << 20;
 
 pub(super) struct State {
     pub(super) models: Vec<Model>,
@@ -167,10 +169,11 @@ impl Model {
     /// Notes how long it took to bring what is in a slot.
     pub(super) fn look_at(&mut self, slot: usize) {
         let slot = &mut self.slots[slot];
+        let (Phase::Ready { block, .. } | Phase::Leased { block, .. }) = slot.phase else { return };
         if let Some(moved) = slot.memory.as_mut().and_then(|memory| memory.moved())
             && slot.occupancy == Occupancy::Turns
         {
-            self.timing.moved(moved);
+            self.timing.moved(block, moved);
         }
     }
 
@@ -429,6 +432,15 @@ impl State {
         }
     }
 
+    /// Computing got far slower than it is, and the device takes memory from elsewhere rather than fail: leaves
+    /// more of it to activations in the pass that begins.
+    pub(super) fn ease(&mut self, model: usize, device: &dyn Device) {
+        if self.models[model].timing.take_slow() && device.spills() {
+            let m = &mut self.models[model];
+            m.extra = m.extra.saturating_add((m.reserve(self.ceiling) / 4).max(STEP));
+        }
+    }
+
     /// Others want `short` bytes: gives back as much, and keeps to that. `false` if nothing could be given.
     pub(super) fn relent(&mut self, model: usize, short: u64, device: &dyn Device) -> bool {
         let before = self.held;
@@ -447,7 +459,7 @@ impl State {
         device.trim();
         let minimum = self.models[model].sizes(device).minimum();
         let m = &mut self.models[model];
-        let step = (m.reserve(self.ceiling) / 4).max(256 << 20);
+        let step = (m.reserve(self.ceiling) / 4).max(STEP);
         let before = m.allowed.min(self.held.max(minimum));
         m.extra = m.extra.saturating_add(step);
         m.allowed = m.allowed.min(before.saturating_sub(step).max(minimum));

@@ -11,6 +11,9 @@ use crate::{
 /// Copies of fewer bytes say nothing about the rate of the link.
 const TELLING: u64 = 1 << 20;
 
+/// A block that takes so many times as long as it does is slow.
+const SLOW: f64 = 2.;
+
 /// What a copy counts when the next one is seen.
 const FADE: f64 = 0.97;
 
@@ -23,6 +26,8 @@ pub(super) struct Timing {
     link: Meter,
     /// That computing waited for blocks, over all visits that were read.
     pub(super) stalled: Duration,
+    /// Whether a block took far longer since this was asked than it does.
+    slow: bool,
 }
 
 #[derive(Default)]
@@ -31,6 +36,8 @@ struct Block {
     /// Seconds of the last two visits, the very first not among them: it pays for whatever is made once.
     seconds: [Option<f64>; 2],
     visits: u64,
+    /// Whether it was copied before: the first time, files are read and memory is locked meanwhile.
+    copied: bool,
 }
 
 /// Bytes over seconds, of which older ones count less.
@@ -91,9 +98,13 @@ impl Timing {
     }
 
     /// A block that streams was copied.
-    pub(super) fn moved(&mut self, moved: Moved) {
+    pub(super) fn moved(&mut self, block: usize, moved: Moved) {
         let seconds = moved.took.as_secs_f64();
-        if moved.bytes.0 >= TELLING && seconds > 0. {
+        let first = match self.blocks.get_mut(block) {
+            Some(block) => !std::mem::replace(&mut block.copied, true),
+            None => true,
+        };
+        if !first && moved.bytes.0 >= TELLING && seconds > 0. {
             self.link.bytes = FADE * self.link.bytes + moved.bytes.0 as f64;
             self.link.seconds = FADE * self.link.seconds + seconds;
         }
@@ -113,6 +124,11 @@ impl Timing {
             (block.seconds, block.visits) = ([None; 2], 0);
         }
         self.outside = 0.;
+    }
+
+    /// Whether a block took more than twice its time since the last call.
+    pub(super) fn take_slow(&mut self) -> bool {
+        std::mem::take(&mut self.slow)
     }
 
     /// What a pass over `blocks` blocks costs, once each was measured and something was copied.
@@ -136,7 +152,10 @@ impl Timing {
         let times = b.clock.as_mut()?.read()?;
         b.visits += 1;
         if b.visits > 1 {
-            b.seconds = [Some(times.computed.as_secs_f64()), b.seconds[0]];
+            let seconds = times.computed.as_secs_f64();
+            let usual = b.seconds.into_iter().flatten().reduce(f64::min);
+            self.slow |= usual.is_some_and(|usual| seconds > SLOW * usual);
+            b.seconds = [Some(seconds), b.seconds[0]];
         }
         if block > 0 {
             self.stalled += times.stalled;

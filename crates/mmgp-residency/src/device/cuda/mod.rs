@@ -59,7 +59,7 @@ pub struct CudaOptions {
     pub files: Files,
     /// How many page-locked buffers everything else passes through.
     pub buffers: usize,
-    /// The size of each.
+    /// The size of each: what fits a core's cache is filled and copied twice as fast as what does not.
     pub buffer: Bytes,
     /// Whether copies run while blocks compute.
     pub transfers: Transfers,
@@ -99,8 +99,8 @@ impl Default for CudaOptions {
             compute: DType::BF16,
             locked: None,
             files: Files::default(),
-            buffers: 8,
-            buffer: Bytes(32 << 20),
+            buffers: 32,
+            buffer: Bytes(2 << 20),
             transfers: Transfers::default(),
             vram_limit: None,
             margin: Bytes(512_000_000),
@@ -263,6 +263,10 @@ impl Device for Cuda {
 
     fn is_out_of_memory(&self, error: &candle_core::Error) -> bool {
         is_out_of_memory(error)
+    }
+
+    fn spills(&self) -> bool {
+        self.0.vram.spills()
     }
 
     fn overlaps(&self) -> bool {

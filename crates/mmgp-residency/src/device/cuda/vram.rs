@@ -16,7 +16,7 @@ use candle_core::cuda_backend::cudarc::driver::{CudaContext, DriverError, result
 use parking_lot::Mutex;
 
 use super::{failed, nvml::Nvml};
-use crate::{Bytes, Result};
+use crate::{Bytes, Error, Result};
 
 /// The driver maps memory in pages of this size.
 const PAGE: u64 = 2 << 20;
@@ -37,6 +37,8 @@ pub(super) struct Vram {
     managed: Option<Nvml>,
     limit: Option<u64>,
     margin: u64,
+    /// Whether the driver takes host memory where VRAM is over, rather than fail.
+    spills: bool,
     /// Taken by the context when it was opened.
     base: u64,
     /// Free when it had been opened.
@@ -89,6 +91,7 @@ impl Vram {
             managed,
             limit: limit.map(|l| l.0),
             margin: margin.0,
+            spills: under_wsl(),
             base,
             free_at_start: free as u64,
             libraries: AtomicU64::new(LIBRARIES),
@@ -102,13 +105,21 @@ impl Vram {
         std::thread::Builder::new()
             .name("mmgp-vram".into())
             .spawn(move || watch(&watched))
-            .map_err(|e| crate::Error::Device(format!("no thread to watch memory: {e}")))?;
+            .map_err(|e| Error::Device(format!("no thread to watch memory: {e}")))?;
         Ok(vram)
     }
 
     /// A plain allocation for weights.
     pub(super) fn take(&self, size: usize) -> Result<sys::CUdeviceptr> {
         self.context.bind_to_thread().map_err(|e| failed("binding the GPU", e))?;
+        if self.spills {
+            self.look()?;
+            let free = self.free.load(Ordering::Relaxed).saturating_sub(self.margin);
+            if size as u64 > free {
+                let (size, free) = (Bytes(size as u64), Bytes(free));
+                return Err(Error::Device(format!("{size} of VRAM for a slot, {free} are free")));
+            }
+        }
         // SAFETY: the context was bound to this thread.
         let mut start = unsafe { result::malloc_sync(size) };
         if start.is_err() {
@@ -152,6 +163,24 @@ impl Vram {
         }
     }
 
+    /// What the whole process may take: as it was told, and where the driver would take host memory, what it
+    /// has and what is free.
+    fn limit(&self) -> Option<u64> {
+        let told = self.limit.unwrap_or(u64::MAX);
+        if !self.spills {
+            return self.limit;
+        }
+        let ours = self.weights.load(Ordering::Relaxed) + self.reserved();
+        let others = self.base + self.libraries.load(Ordering::Relaxed);
+        let free = self.free.load(Ordering::Relaxed) + self.given.load(Ordering::Relaxed);
+        Some(told.min((ours + others + free).saturating_sub(self.margin)))
+    }
+
+    /// Whether the driver takes host memory where VRAM is over.
+    pub(super) fn spills(&self) -> bool {
+        self.spills
+    }
+
     fn reserved(&self) -> u64 {
         let retired: u64 = self.retired.lock().iter().map(Pool::reserved).sum();
         retired + self.pool.lock().reserved()
@@ -176,7 +205,7 @@ impl Vram {
 
     /// The most that activations reserved since the last call; from here on it is counted anew.
     pub(super) fn take_peak(&self) -> u64 {
-        if self.limit.is_some() {
+        if self.limit.is_some() || self.spills {
             self.measure_libraries();
         }
         let mut pool = self.pool.lock();
@@ -204,11 +233,13 @@ impl Vram {
     /// Lets activations have what `weights` leave of the ceiling, if there is a limit to keep; gives back
     /// what the pool does not use.
     pub(super) fn share(&self, weights: u64) -> Result<()> {
-        let Some(limit) = self.limit else { return Ok(()) };
+        let Some(limit) = self.limit() else { return Ok(()) };
         let others = self.base + self.libraries.load(Ordering::Relaxed);
         let cap = limit.saturating_sub(others).saturating_sub(weights).max(PAGE);
         let mut pool = self.pool.lock();
-        if pool.cap != 0 && pool.cap <= cap && cap - pool.cap < 64 << 20 {
+        // What is free changes all the time; the margin bears some of that.
+        let over = if self.spills { self.margin / 4 } else { 0 };
+        if pool.cap != 0 && pool.cap <= cap + over && cap.saturating_sub(pool.cap) < 64 << 20 {
             return Ok(());
         }
         // What is in use stays where it is; the new pool gets what that leaves. Plans change seldom, so
@@ -320,6 +351,17 @@ impl Pool {
     }
 }
 
+/// Whether this is Linux inside Windows, where the driver's memory is Windows' to give.
+fn under_wsl() -> bool {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease");
+    release.is_ok_and(|release| is_of_wsl(&release))
+}
+
+/// Whether a kernel's release is one of WSL's, such as `5.15.153.1-microsoft-standard-WSL2`.
+fn is_of_wsl(release: &str) -> bool {
+    release.to_ascii_lowercase().contains("microsoft")
+}
+
 /// What an allocation takes of the card.
 fn paged(size: usize) -> u64 {
     (size as u64).next_multiple_of(PAGE)
@@ -333,5 +375,18 @@ fn watch(vram: &Weak<Vram>) {
         if let Err(error) = vram.look() {
             tracing::debug!("{error}");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_of_wsl;
+
+    #[test]
+    fn wsl_is_known_by_its_kernel() {
+        for release in ["5.15.153.1-microsoft-standard-WSL2\n", "4.4.0-19041-Microsoft"] {
+            assert!(is_of_wsl(release), "{release}");
+        }
+        assert!(!is_of_wsl("6.8.0-45-generic\n"));
     }
 }
