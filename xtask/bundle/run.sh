@@ -8,6 +8,13 @@
 # runs the bench instead: it makes the weights of a FLUX.1-dev transformer, 24 GB dense and 12 GB int8, in $DIR (by
 # default /dev/shm if it has room, else $TMPDIR), keeps them there for the next run, and leaves gpu.json, gpu.md and
 # gpu.svg in $OUT.
+#
+#   run.sh --memory
+#
+# shows what the command takes beside others: a pipeline of FLUX.1-dev's and T5-XXL's size, int8, 1024x1024, first
+# with all of the card, then under --vram-limit $LIMIT_GB (6) GB on a card that another process filled but for that
+# and the margin, while a third takes 2.5 GB for a while. Needs Python, 40 GB in $DIR and $STEPS (16) steps of about
+# a second. Leaves memory.json in $OUT, and the samples that it was made of.
 set -uo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
@@ -41,6 +48,56 @@ if [ "${1:-}" = --bench ]; then
     exit "${PIPESTATUS[0]}"
 fi
 
+if [ "${1:-}" = --memory ]; then
+    dir=${DIR:-/dev/shm}/mmgp-memory
+    steps=${STEPS:-16}
+    limit=$((${LIMIT_GB:-6} * 1000000000))
+    now() { date +%s.%N; }
+    [ -e "$dir/flux/model_index.json" ] ||
+        "$here/mmgp-synth" flux-dev --depth 19+38 --t5-depth 24 --dir "$dir/flux" || exit 1
+    draw=("$here/mmgp-cuda" generate "a red heart" --device cuda --model "$dir/flux" --store "$dir/store"
+        --quantize transformer,text_encoder_2 --width 1024 --height 1024 --steps "$steps")
+    echo "resident"
+    "${draw[@]}" --out "$out/resident.png" >"$out/resident.log" 2>&1 || { tail -n 20 "$out/resident.log"; exit 1; }
+    # A group of its own for the run, where one can be made.
+    group=/sys/fs/cgroup/mmgp-memory
+    if mkdir -p "$group" 2>/dev/null && echo 16000000000 2>/dev/null >"$group/memory.max"; then
+        echo "in a cgroup of 16 GB"
+    else
+        echo "no cgroup can be made here"
+        group=
+    fi
+    python3 "$here/vram.py" leave $((limit + 512000000)) >"$out/ballast.log" 2>&1 &
+    ballast=$!
+    until grep -q left "$out/ballast.log"; do sleep 0.1; done
+    nvidia-smi --query-gpu=memory.used --format=csv,noheader,nounits -lms 20 |
+        while read -r mib; do echo "$(now) $mib"; done >"$out/card.txt" &
+    sampler=$!
+    sleep 1
+    echo "beside others, within $limit bytes"
+    now >"$out/run.txt"
+    (
+        [ -n "$group" ] && echo $BASHPID >"$group/cgroup.procs"
+        exec "${draw[@]}" --vram-limit "$limit" --out "$out/limited.png"
+    ) >"$out/limited.log" 2>&1 &
+    run=$!
+    while kill -0 $run 2>/dev/null; do
+        kib=$(awk '/^VmRSS/ {print $2}' "/proc/$run/status" 2>/dev/null)
+        [ -n "$kib" ] && echo "$(now) $kib"
+        sleep 0.02
+    done >"$out/host.txt" &
+    # The third comes once steps are steady.
+    until grep -q "^step 5 of" "$out/limited.log" || ! kill -0 $run 2>/dev/null; do sleep 0.05; done
+    python3 "$here/vram.py" take 2500000000 3 >"$out/taker.json"
+    wait $run
+    failed=$?
+    now >>"$out/run.txt"
+    pkill -P $sampler; kill $sampler $ballast; pkill -f "nvidia-smi --query-gpu=memory.used"
+    [ $failed = 0 ] || { echo "the run failed"; tail -n 20 "$out/limited.log"; exit 1; }
+    python3 "$here/memory.py" "$out" "$limit"
+    exit $?
+fi
+
 # Tests that run on any device run on the GPU.
 export MMGP_TEST_DEVICE=cuda RUST_BACKTRACE=0
 
@@ -51,7 +108,7 @@ for test in "$here"/tests/*; do
         continue
     fi
     begun=$SECONDS
-    if timeout "${LIMIT:-240}" "$test" --test-threads=1 --nocapture >"$out/$name.log" 2>&1; then
+    if timeout "${LIMIT:-480}" "$test" --test-threads=1 --nocapture >"$out/$name.log" 2>&1; then
         echo "$name: ok, $((SECONDS - begun)) s"
     else
         echo "$name: FAILED ($?), $((SECONDS - begun)) s"
@@ -61,7 +118,7 @@ for test in "$here"/tests/*; do
 done
 if [ $# -eq 0 ]; then
     draw=("$here/mmgp-cuda" generate "red heart" --device cuda --out "$out/red-heart.png")
-    if timeout "${LIMIT:-240}" "${draw[@]}" >"$out/mmgp-cuda.log" 2>&1; then
+    if timeout "${LIMIT:-480}" "${draw[@]}" >"$out/mmgp-cuda.log" 2>&1; then
         echo "mmgp-cuda: ok"
     else
         echo "mmgp-cuda: FAILED ($?)"

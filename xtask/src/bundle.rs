@@ -25,7 +25,11 @@ use crate::{
 const ON_ANY_DEVICE: &[&str] = &["vectors"];
 
 /// The programs that are packed, and what they are called there.
-const PROGRAMS: [(&str, &str); 2] = [("mmgp", "mmgp-cuda"), ("mmgp-gpu-bench", "mmgp-gpu-bench")];
+const PROGRAMS: [(&str, &str); 3] =
+    [("mmgp", "mmgp-cuda"), ("mmgp-gpu-bench", "mmgp-gpu-bench"), ("mmgp-synth", "mmgp-synth")];
+
+/// Scripts that go with them.
+const SCRIPTS: [&str; 3] = ["run.sh", "vram.py", "memory.py"];
 
 /// Programs and tests hold the same code, so the dictionary spans several of them.
 const XZ: &str = "--lzma2=preset=6,dict=256MiB -T1";
@@ -51,7 +55,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         let mut strip = Command::new("strip");
         step::run("strip", strip.arg("-o").arg(&to).arg(&built))?;
     }
-    fs::copy(root().join("xtask/bundle/run.sh"), staged.join("run.sh"))?;
+    for script in SCRIPTS {
+        fs::copy(root().join("xtask/bundle").join(script), staged.join(script))?;
+    }
     fs::write(staged.join("built-in"), root().display().to_string())?;
     if let Some(commit) = step::commit() {
         fs::write(staged.join("commit"), commit)?;

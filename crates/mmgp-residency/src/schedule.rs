@@ -359,6 +359,40 @@ mod tests {
         }
     }
 
+    /// A pass that a GPU made, as the bench records it.
+    #[derive(serde::Deserialize)]
+    struct Recorded {
+        row: String,
+        step_s: f64,
+        outside_s: f64,
+        link: f64,
+        slots: usize,
+        blocks: Vec<(u64, f64, bool)>,
+    }
+
+    #[test]
+    fn passes_took_as_long_as_the_recurrence_says() {
+        let recorded = include_str!("../tests/recorded/h100.jsonl");
+        let mut errors = Vec::new();
+        for line in recorded.lines() {
+            let pass: Recorded = serde_json::from_str(line).unwrap();
+            let costs = PassCosts {
+                blocks: pass.blocks.iter().map(|b| b.1).collect(),
+                outside: pass.outside_s,
+                link: pass.link,
+            };
+            let streams = pass.blocks.iter().map(|b| b.2).collect();
+            let choice = Choice { streams, turns: pass.slots };
+            let blocks: Vec<u64> = pass.blocks.iter().map(|b| b.0).collect();
+            let error = (choice.seconds(&blocks, &costs) / pass.step_s - 1.).abs();
+            println!("{}: off by {:.1} %", pass.row, error * 100.);
+            assert!(error <= 0.05, "{}: off by {error}", pass.row);
+            errors.push(error);
+        }
+        errors.sort_by(f64::total_cmp);
+        assert!(errors.len() >= 6 && errors[errors.len() / 2] <= 0.02, "{errors:?}");
+    }
+
     proptest! {
         #[test]
         fn whatever_is_chosen_fits_and_is_no_worse_than_even_spreading(

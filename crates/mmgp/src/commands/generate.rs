@@ -320,9 +320,10 @@ fn hash(latents: &[f32]) -> String {
     hasher.finalize().to_hex()[..32].to_string()
 }
 
-/// A bar per denoising run, with seconds per step.
+/// A bar per denoising run, with seconds per step; where there is no terminal to draw it on, a line per step.
 struct Progress {
     bar: ProgressBar,
+    lines: bool,
     step: Option<Instant>,
     last: Duration,
 }
@@ -332,7 +333,8 @@ impl Progress {
         let target =
             if quiet { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
         let bar = ProgressBar::with_draw_target(None, target);
-        Self { bar, step: None, last: Duration::ZERO }
+        let lines = !quiet && bar.is_hidden();
+        Self { bar, lines, step: None, last: Duration::ZERO }
     }
 
     fn tell(&mut self, event: &Event) {
@@ -346,6 +348,7 @@ impl Progress {
             Event::Step { index, of } => {
                 if let Some(begun) = self.step.replace(Instant::now()) {
                     self.last = begun.elapsed();
+                    self.line(*index, *of);
                 } else if let Ok(style) =
                     ProgressStyle::with_template("{bar:30} step {pos}/{len}  {msg}  {elapsed_precise}")
                 {
@@ -360,12 +363,21 @@ impl Progress {
             Event::Decoding => {
                 if let Some(begun) = self.step.take() {
                     self.last = begun.elapsed();
+                    let steps = self.bar.length().unwrap_or(0) as usize;
+                    self.line(steps, steps);
                 }
                 self.bar.set_position(self.bar.length().unwrap_or(0));
                 let last = self.last.as_secs_f64();
                 self.bar.set_message(format!("{last:.2} s/step, decoding"));
             }
             _ => {}
+        }
+    }
+
+    /// So many steps are done.
+    fn line(&self, done: usize, of: usize) {
+        if self.lines {
+            eprintln!("step {done} of {of}: {:.2} s", self.last.as_secs_f64());
         }
     }
 

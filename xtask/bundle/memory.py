@@ -1,0 +1,77 @@
+#!/usr/bin/env python3
+"""What a run took of card and host while others wanted memory: reads what `run.sh --memory` left in a folder and
+writes memory.json there; the exit code is 1 if a bar was missed.
+
+    memory.py FOLDER LIMIT_BYTES
+"""
+import json
+import re
+import sys
+from pathlib import Path
+
+folder, limit = Path(sys.argv[1]), int(sys.argv[2])
+
+
+def lines(name):
+    return [line.split() for line in (folder / name).read_text().splitlines()]
+
+
+def text(name):
+    return (folder / name).read_text(errors="replace")
+
+
+def latents(name):
+    found = re.findall(r"latents ([0-9a-f]{32})", text(name))
+    return found[-1] if found else None
+
+
+# Seconds and MiB of the card that are in use, by all; the first lines are of the ballast alone.
+card = [(float(at), int(mib) << 20) for at, mib in lines("card.txt")]
+host = [(float(at), int(kib) << 10) for at, kib in lines("host.txt")]
+begun, ended = (float(at) for (at,) in lines("run.txt"))
+story = json.loads(text("taker.json"))
+ballast = max(used for at, used in card if at < begun)
+taken = [(piece["at"], piece["bytes"]) for piece in story["pieces"]]
+
+
+def ours(at, used):
+    """An upper bound: the taker's context counts as ours."""
+    theirs = sum(size for when, size in taken if when <= at - 0.05 and at < story["ended"] + 0.05)
+    return used - ballast - theirs
+
+
+during = [(at, ours(at, used)) for at, used in card if begun <= at <= ended]
+alone = [used for at, used in during if at < story["started"] or at > story["ended"] + 0.5]
+steady = max(used for at, used in during if story["started"] - 1.5 < at < story["started"])
+lowest = min(used for at, used in during if story["begun"] < at < story["ended"])
+back = next((at for at, used in during if at > story["ended"] + 0.05 and used >= 0.97 * steady), None)
+times = sorted(float(took) for took in re.findall(r"^step \d+ of \d+: ([0-9.]+) s", text("limited.log"), re.M))
+step = times[len(times) // 2]
+result = {
+    "limit_bytes": limit,
+    "most_bytes_on_the_card_alone": max(alone),
+    "steady_bytes": steady,
+    "lowest_bytes_beside_the_taker": lowest,
+    "taker_wanted_bytes": story["wanted"],
+    "taker_had_bytes": sum(size for _, size in taken),
+    "taker_waited_s": story["had"] - story["begun"],
+    "back_after_s": back - story["ended"] if back else None,
+    "step_s": step,
+    "step_times_s": times,
+    "host_rss_bytes": max(rss for _, rss in host),
+    "latents_resident": latents("resident.log"),
+    "latents_limited": latents("limited.log"),
+}
+result["within_limit"] = max(alone) <= limit
+result["taken_in_two_steps"] = result["taker_had_bytes"] >= story["wanted"] and (
+    result["taker_waited_s"] <= 2 * step
+)
+result["back_in_two_steps"] = back is not None and result["back_after_s"] <= 2 * step
+result["same_latents"] = (
+    result["latents_resident"] is not None
+    and result["latents_resident"] == result["latents_limited"]
+)
+result["host_within_16_gb"] = result["host_rss_bytes"] <= 16_000_000_000
+(folder / "memory.json").write_text(json.dumps(result, indent=1) + "\n")
+print(json.dumps(result, indent=1))
+sys.exit(not all(value for value in result.values() if isinstance(value, bool)))
