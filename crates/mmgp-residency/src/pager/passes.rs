@@ -3,13 +3,11 @@
 
 use std::sync::Arc;
 
-use parking_lot::MutexGuard;
-
 use super::{
     At, Pager,
     state::{Phase, SlotState, State},
 };
-use crate::{Bytes, Error, Plan, Result, plan::ModelPlan};
+use crate::{Bytes, Error, Plan, Result, plan::ModelPlan, sync::MutexGuard};
 
 /// A plan is remade when costs have changed by more than this share, ...
 const DRIFT: f64 = 0.1;
