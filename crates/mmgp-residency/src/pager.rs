@@ -134,9 +134,10 @@ impl Pager {
     pub fn plan(&self, budgets: impl Into<Budgets>) -> Result<Arc<Plan>> {
         let mut state = self.0.state.lock();
         let budgets = budgets.into();
+        self.settle(&mut state)?;
         let plan = state.make_plan(&budgets, &*self.0.device)?;
         state.budgets = budgets;
-        self.adopt(&mut state, plan)
+        Ok(state.adopt(plan))
     }
 
     /// The plan that passes follow now, which the pager may have changed since; `None` before the first.
@@ -190,9 +191,10 @@ impl Pager {
         let device = &*inner.device;
         let mut state = inner.state.lock();
         if state.plan.is_none() {
+            self.settle(&mut state)?;
             let budgets = state.budgets.clone();
             let plan = state.make_plan(&budgets, device)?;
-            self.adopt(&mut state, plan)?;
+            state.adopt(plan);
             device.share(Bytes(state.models[at.model].allowed))?;
         }
         let begun = Instant::now();

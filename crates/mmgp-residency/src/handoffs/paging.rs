@@ -11,7 +11,9 @@ use super::{
     any, explore,
     memory::{Memory, value},
 };
-use crate::{ALIGN, Budget, Bytes, Error, ModelBuilder, Paged, Pager, Result, sync::join_all};
+use crate::{
+    ALIGN, Budget, Budgets, Bytes, Error, ModelBuilder, Paged, Pager, Result, sync::join_all,
+};
 
 /// A block's tensors and their names.
 type Tensors = Vec<(String, Tensor)>;
@@ -289,6 +291,45 @@ fn models_of_one_pager_run_in_two_threads() {
             thread.join().unwrap();
         }
         finish(&memory, [pager], Vec::new());
+    });
+}
+
+#[test]
+fn a_model_comes_and_goes_while_another_runs() {
+    explore(|| {
+        let (large, small) = (STEM + 2 * LARGEST, STEM + LARGEST);
+        let memory = Memory::new(large + small);
+        let pager = Pager::over(memory.clone()).unwrap();
+        let total = Budget::Bytes(Bytes(large + small));
+        let models = vec![("transformer".into(), Budget::Bytes(Bytes(large)))];
+        let budgets = Budgets { total, models };
+        pager.plan(budgets.clone()).unwrap();
+        let model = build(&pager, "transformer", 4);
+        // The plan cannot change inside a pass of the other.
+        let may_fail = |result: Result<()>| match result {
+            Ok(()) | Err(Error::Busy { .. }) => {}
+            Err(error) => panic!("{error}"),
+        };
+        let other = thread::spawn({
+            let pager = pager.clone();
+            move || {
+                for _ in 0..any(&[0, 50, 100, 200]) {
+                    yield_now();
+                }
+                let vae = build(&pager, "vae", 1);
+                may_fail(run(&vae));
+                may_fail(run(&vae));
+            }
+        });
+        for _ in 0..4 {
+            may_fail(run(&model));
+            if any(&[false, true]) {
+                may_fail(pager.plan(budgets.clone()).map(drop));
+            }
+        }
+        other.join().unwrap();
+        run(&model).unwrap();
+        finish(&memory, [pager], vec![model]);
     });
 }
 
