@@ -15,9 +15,9 @@ mod paging;
 mod ring;
 
 /// Schedules of each scenario that switch threads at random, ...
-const RANDOM: usize = 1000;
+const RANDOM: usize = 2000;
 /// ... and that keep to priorities but for a few switches: they find what needs few, but unlikely, ones.
-const BY_PRIORITY: usize = 500;
+const BY_PRIORITY: usize = 1000;
 const SWITCHES: usize = 3;
 
 /// Runs `scenario` under many schedules.

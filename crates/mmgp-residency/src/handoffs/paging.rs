@@ -44,6 +44,11 @@ fn build(pager: &Pager, name: &str, depth: usize) -> Model {
     builder.finish(stem, blocks).unwrap()
 }
 
+/// The ceiling that leaves a stem and so much to weights, and a quarter to activations.
+fn room(bytes: u64) -> u64 {
+    (STEM + bytes) * 4 / 3
+}
+
 fn pager(memory: &Memory, budget: Budget) -> Pager {
     let pager = Pager::over(memory.clone()).unwrap();
     pager.plan(budget).unwrap();
@@ -212,12 +217,11 @@ fn plans_change_between_passes() {
         let pager = pager(&memory, Budget::Unlimited);
         let model = build(&pager, "transformer", 4);
         let vae = build(&pager, "vae", 1);
-        // A quarter is left to activations.
-        let room = |bytes: u64| (STEM + bytes) * 4 / 3;
-        for ceiling in [room(8 * LARGEST), room(2 * LARGEST), room(3 * LARGEST)] {
+        for ceiling in [8, 3, 2, 3].map(|blocks| room(blocks * LARGEST)) {
             memory.set_ceiling(ceiling);
             for _ in 0..2 {
                 run(&model).unwrap();
+                assert!(memory.taken() <= ceiling - ceiling / 4, "more is held than there is now");
                 match any(&[0, 1, 2, 3]) {
                     0 => drop(pager.plan(Budget::Unlimited).unwrap()),
                     1 => memory.want(LARGEST),
@@ -330,6 +334,35 @@ fn a_model_comes_and_goes_while_another_runs() {
         other.join().unwrap();
         run(&model).unwrap();
         finish(&memory, [pager], vec![model]);
+    });
+}
+
+#[test]
+fn a_model_is_added_while_the_plan_changes() {
+    explore(|| {
+        let memory = Memory::new(u64::MAX);
+        let pager = pager(&memory, Budget::Unlimited);
+        let model = build(&pager, "transformer", 4);
+        let other = thread::spawn({
+            let pager = pager.clone();
+            move || {
+                for _ in 0..any(&[50, 100, 200, 300]) {
+                    yield_now();
+                }
+                build(&pager, "vae", 1)
+            }
+        });
+        for ceiling in [3, 2, 3, 2, 3].map(|blocks| room(blocks * LARGEST)) {
+            memory.set_ceiling(ceiling);
+            match run(&model) {
+                Ok(()) | Err(Error::Busy { .. }) => {}
+                Err(error) => panic!("{error}"),
+            }
+        }
+        let vae = other.join().unwrap();
+        run(&vae).unwrap();
+        run(&model).unwrap();
+        finish(&memory, [pager], vec![model, vae]);
     });
 }
 
