@@ -6,21 +6,21 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, atomic::Ordering},
 };
 
 use candle_core::{DType, Device as Candle, Shape, Tensor};
 use candle_nn::{Init, VarBuilder, var_builder::SimpleBackend};
 use mmgp_io::{Checkpoint, Dtype, TensorView};
 use mmgp_quant::{Form, Part, QuantPolicy, Source, Stored, Target, Weights, join_parts};
-use parking_lot::Mutex;
 
 use crate::{
     BlockImage, BlockTarget, Digest, Error, Expected, ImageTensor, Making, Paged, Pager, Result,
-    Segment, image::LARGE, pager::NewBlock, placeholder::placeholder,
+    Segment,
+    image::LARGE,
+    pager::NewBlock,
+    placeholder::placeholder,
+    sync::{AtomicBool, Mutex},
 };
 
 /// Collects what a module's constructor asks for, then hands the model to the pager.

@@ -11,7 +11,8 @@ use std::{
 
 use candle_core::DType;
 use mmgp_io::TensorView;
-use parking_lot::Mutex;
+
+use crate::sync::Mutex;
 
 /// Every tensor in a slot starts at a multiple of this.
 pub const ALIGN: u64 = 256;

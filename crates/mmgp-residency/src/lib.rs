@@ -46,6 +46,8 @@ mod builder;
 mod bytes;
 mod device;
 mod error;
+#[cfg(test)]
+mod handoffs;
 mod image;
 mod lease;
 mod memory;
@@ -54,8 +56,11 @@ mod pager;
 mod placeholder;
 mod plan;
 mod report;
+#[cfg(any(feature = "cuda", test))]
+mod ring;
 mod save;
 mod schedule;
+mod sync;
 
 pub use builder::{ModelBuilder, Sketch, check_pageable};
 pub use bytes::Bytes;

@@ -7,20 +7,16 @@
 //! never held while anything is read or computed.
 
 use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, atomic::Ordering},
     time::{Duration, Instant},
 };
 
 use candle_core::{Device as Candle, Tensor};
-use crossbeam_channel::{Receiver, Sender};
-use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use self::state::{Model, Phase, State};
 use crate::{
     BlockImage, Budget, Budgets, Bytes, Device, Error, Host, Occupancy, Plan, Result, Slot,
+    sync::{self, AtomicBool, Condvar, Mutex, MutexGuard, Receiver, Sender},
 };
 
 mod attach;
@@ -105,16 +101,13 @@ impl Pager {
     }
 
     fn share(device: Arc<dyn Device>) -> Result<Self> {
-        let (jobs, inbox) = crossbeam_channel::unbounded::<Job>();
+        let (jobs, inbox) = sync::unbounded::<Job>();
         for worker in 0..FETCHERS {
             let inbox = inbox.clone();
-            std::thread::Builder::new()
-                .name(format!("mmgp-fetch-{worker}"))
-                .spawn(move || fetch(&inbox))
-                .map_err(|e| Error::NotPageable {
-                    model: "pager".into(),
-                    reason: format!("no worker threads: {e}"),
-                })?;
+            sync::spawn(format!("mmgp-fetch-{worker}"), move || fetch(&inbox)).map_err(|e| {
+                let reason = format!("no worker threads: {e}");
+                Error::NotPageable { model: "pager".into(), reason }
+            })?;
         }
         Ok(Self(Arc::new(Inner {
             device,
@@ -141,9 +134,10 @@ impl Pager {
     pub fn plan(&self, budgets: impl Into<Budgets>) -> Result<Arc<Plan>> {
         let mut state = self.0.state.lock();
         let budgets = budgets.into();
+        self.settle(&mut state)?;
         let plan = state.make_plan(&budgets, &*self.0.device)?;
         state.budgets = budgets;
-        self.adopt(&mut state, plan)
+        Ok(state.adopt(plan))
     }
 
     /// The plan that passes follow now, which the pager may have changed since; `None` before the first.
@@ -197,9 +191,10 @@ impl Pager {
         let device = &*inner.device;
         let mut state = inner.state.lock();
         if state.plan.is_none() {
+            self.settle(&mut state)?;
             let budgets = state.budgets.clone();
             let plan = state.make_plan(&budgets, device)?;
-            self.adopt(&mut state, plan)?;
+            state.adopt(plan);
             device.share(Bytes(state.models[at.model].allowed))?;
         }
         let begun = Instant::now();
@@ -409,7 +404,7 @@ impl Drop for Lease {
 
 /// A worker: fills slots until the pager is gone.
 fn fetch(inbox: &Receiver<Job>) {
-    for Job { pager, at, mut memory, image } in inbox {
+    for Job { pager, at, mut memory, image } in inbox.iter() {
         let result = memory.fill(&image);
         let mut state = pager.state.lock();
         if let Ok(copies) = &result {

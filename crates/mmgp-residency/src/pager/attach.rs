@@ -114,7 +114,7 @@ impl Pager {
         for (model, _) in &replaced {
             state.release_all(*model); // its blocks' bytes are others now
         }
-        let plan = self.adopt(&mut state, plan)?;
+        let plan = state.adopt(plan);
         let placeholders: Vec<Vec<Tensor>> = drafts
             .into_iter()
             .map(|drafts| drafts.into_iter().map(|(_, tensor)| tensor).collect())

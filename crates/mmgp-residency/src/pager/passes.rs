@@ -3,13 +3,11 @@
 
 use std::sync::Arc;
 
-use parking_lot::MutexGuard;
-
 use super::{
     At, Pager,
     state::{Phase, SlotState, State},
 };
-use crate::{Bytes, Error, Plan, Result, plan::ModelPlan};
+use crate::{Bytes, Error, Plan, Result, plan::ModelPlan, sync::MutexGuard};
 
 /// A plan is remade when costs have changed by more than this share, ...
 const DRIFT: f64 = 0.1;
@@ -91,6 +89,11 @@ impl Pager {
         while state.models[at].slots.iter().any(|s| matches!(s.phase, Phase::Filling)) {
             self.0.changed.wait(state);
         }
+        // Another thread may have planned anew meanwhile, or leased a block.
+        let same = state.plan.as_ref().is_some_and(|now| Arc::ptr_eq(now, &plan));
+        if !same || state.models[at].slots.iter().any(leased) {
+            return Ok(());
+        }
         tracing::debug!(
             "{}: {} resident, {} slots",
             now.name,
@@ -120,7 +123,8 @@ impl Pager {
         Ok(again)
     }
 
-    /// Waits until nothing is being fetched.
+    /// Waits until nothing is being fetched. Others may have the lock meanwhile, so what a plan is made of is
+    /// looked at only afterwards.
     ///
     /// # Errors
     /// Leases that are out.
@@ -140,23 +144,26 @@ impl Pager {
         }
         Ok(())
     }
+}
 
-    pub(super) fn adopt(&self, state: &mut MutexGuard<'_, State>, plan: Plan) -> Result<Arc<Plan>> {
-        self.settle(state)?;
+impl State {
+    /// Follows a plan that was made since the pager settled: the lock was held all the time, so it has every
+    /// model, and the slots that it takes over are neither leased nor being filled.
+    pub(super) fn adopt(&mut self, plan: Plan) -> Arc<Plan> {
         for (at, plan) in plan.models.iter().enumerate() {
-            let m = &mut state.models[at];
+            let m = &mut self.models[at];
             let freed = m.adopt(plan);
             m.allowed = plan.total.0;
             m.planned = m.costs();
-            state.held -= freed;
+            self.held -= freed;
         }
         // What fits one model need not fit beside another.
-        let allowed = state.models.iter().map(|m| m.allowed).max().unwrap_or(0);
-        if let Some(model) = state.running.or(Some(0)).filter(|&m| m < state.models.len()) {
-            state.shrink(model, allowed);
+        let allowed = self.models.iter().map(|m| m.allowed).max().unwrap_or(0);
+        if let Some(model) = self.running.or(Some(0)).filter(|&m| m < self.models.len()) {
+            self.shrink(model, allowed);
         }
         let plan = Arc::new(plan);
-        state.plan = Some(plan.clone());
-        Ok(plan)
+        self.plan = Some(plan.clone());
+        plan
     }
 }

@@ -1,46 +1,21 @@
-//! The staging ring: a few page-locked buffers that whatever is not locked itself passes through.
+//! The buffers of the staging ring: page-locked memory, and the event behind its last copy.
 
 use candle_core::cuda_backend::cudarc::driver::CudaEvent;
-use parking_lot::{Condvar, Mutex};
 
 use super::{failed, pinned::Pinned};
-use crate::Result;
+use crate::{Result, ring::Staged};
 
 /// The buffers that blocks pass through.
-pub(super) struct Ring {
-    idle: Mutex<Vec<Buffer>>,
-    returned: Condvar,
-    pub(super) size: usize,
-}
+pub(super) type Ring = crate::ring::Ring<Buffer>;
 
 pub(super) struct Buffer {
     pub(super) memory: Pinned,
     pub(super) copied: CudaEvent,
 }
 
-impl Ring {
-    pub(super) fn new(idle: Vec<Buffer>, size: usize) -> Self {
-        Self { idle: Mutex::new(idle), returned: Condvar::new(), size }
-    }
-
-    /// A buffer whose last copy is over: the one that was given back longest ago.
-    pub(super) fn take(&self) -> Result<Buffer> {
-        let mut idle = self.idle.lock();
-        while idle.is_empty() {
-            self.returned.wait(&mut idle);
-        }
-        let buffer = idle.remove(0);
-        drop(idle);
-        if let Err(error) = buffer.copied.synchronize() {
-            self.put(buffer);
-            return Err(failed("copies to the GPU", error));
-        }
-        Ok(buffer)
-    }
-
-    pub(super) fn put(&self, buffer: Buffer) {
-        self.idle.lock().push(buffer);
-        self.returned.notify_one();
+impl Staged for Buffer {
+    fn wait(&self) -> Result<()> {
+        self.copied.synchronize().map_err(|error| failed("copies to the GPU", error))
     }
 }
 
