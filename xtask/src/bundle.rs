@@ -83,7 +83,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 
 /// `(name, executable, whether it is a test)` of everything that is packed.
 fn build() -> Result<Vec<(String, PathBuf, bool)>> {
-    let mut build = cargo(&["build", "--release", "--workspace", "--bins", "--tests"]);
+    let mut build = cargo(&["build", "--release", "--workspace", "--bins", "--test", "cuda*"]);
+    build.args(ON_ANY_DEVICE.iter().flat_map(|test| ["--test", test]));
     build.args([CUDA_FEATURES, "--message-format=json-render-diagnostics"]);
     build.envs(toolkit::environment()?).stdout(Stdio::piped());
     let mut child = build.spawn().context("cannot run cargo")?;
