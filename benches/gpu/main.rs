@@ -56,6 +56,9 @@ struct Cli {
     /// With --budgets: limits on the link in bytes per second, such as `12GB`, or `none`
     #[arg(long, value_delimiter = ',', default_value = "none", requires = "budgets")]
     links: Vec<Link>,
+    /// With --budgets: through page-locked memory, the ring, or both
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "pinned", requires = "budgets")]
+    ways: Vec<Way>,
     /// Only rows of these forms
     #[arg(long, value_enum, value_delimiter = ',')]
     forms: Vec<Form>,
@@ -134,7 +137,7 @@ impl Cli {
         };
         if !self.budgets.is_empty() {
             let links: Vec<Option<Bytes>> = self.links.iter().map(|link| link.0).collect();
-            return combined(forms, &self.budgets, &self.image, &links);
+            return combined(forms, &self.ways, &self.budgets, &self.image, &links);
         }
         let set = match (self.quick, self.all) {
             (true, _) => Set::Quick,
@@ -306,8 +309,10 @@ mod tests {
         assert_eq!(cli("--all").requests(), Set::All.requests());
         let int8 = cli("--quick --forms int8").requests();
         assert!(int8.len() == 2 && int8.iter().all(|row| row.form == Form::Int8));
-        let own = cli("--budgets 50%,4GB --image 64,16 --links none,12GB --forms bf16").requests();
-        assert_eq!(own.len(), 8);
+        let own = "--budgets 50%,4GB --image 64,16 --links none,12GB --forms bf16";
+        assert_eq!(cli(&format!("{own} --ways ring,pinned")).requests().len(), 16);
+        let own = cli(own).requests();
+        assert!(own.len() == 8 && own.iter().all(|row| row.way == Way::Pinned));
         assert_eq!((own[0].image, own[7].image), (16, 64));
         for wrong in ["--budgets some", "--links 0", "--image 5", "--depth 3", "--quick --all"] {
             let args = ["bench"].into_iter().chain(wrong.split_whitespace());

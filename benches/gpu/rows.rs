@@ -28,7 +28,7 @@ impl Form {
 }
 
 /// The way of a streamed block through host memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Way {
     /// Page-locked as far as the device allows.
@@ -148,6 +148,7 @@ impl Set {
 /// Every combination of what was asked for by hand.
 pub(crate) fn combined(
     forms: &[Form],
+    ways: &[Way],
     budgets: &[Budget],
     images: &[usize],
     links: &[Option<Bytes>],
@@ -157,15 +158,16 @@ pub(crate) fn combined(
         for &image in images {
             for &link in links {
                 let steps = Steps::for_image(image);
-                let way = Way::Pinned;
-                all.extend(budgets.iter().map(|&budget| Request {
-                    form,
-                    way,
-                    budget,
-                    image,
-                    link,
-                    steps,
-                }));
+                for &way in ways {
+                    all.extend(budgets.iter().map(|&budget| Request {
+                        form,
+                        way,
+                        budget,
+                        image,
+                        link,
+                        steps,
+                    }));
+                }
             }
         }
     }
