@@ -247,6 +247,7 @@ impl Random {
                 Transfers::Overlapped,
                 Transfers::Synchronous,
             ]),
+            poisons: self.below(4) == 0,
             vram_limit: self.one(&[None, None, Some(Bytes(12_000_000_000))]),
             ..CudaOptions::default()
         }

@@ -31,38 +31,40 @@ host = [(float(at), int(kib) << 10) for at, kib in lines("host.txt")]
 begun, ended = (float(at) for (at,) in lines("run.txt"))
 story = json.loads(text("taker.json"))
 ballast = max(used for at, used in card if at < begun)
-taken = [(piece["at"], piece["bytes"]) for piece in story["pieces"]]
+had = sum(piece["bytes"] for piece in story["pieces"])
 
 
-def ours(at, used):
-    """An upper bound: the taker's context counts as ours."""
-    theirs = sum(size for when, size in taken if when <= at - 0.05 and at < story["ended"] + 0.05)
-    return used - ballast - theirs
+def most(since, until):
+    return max(used for at, used in card if since < at < until) - ballast
 
 
-during = [(at, ours(at, used)) for at, used in card if begun <= at <= ended]
-alone = [used for at, used in during if at < story["started"] or at > story["ended"] + 0.5]
-steady = max(used for at, used in during if story["started"] - 1.5 < at < story["started"])
-lowest = min(used for at, used in during if story["begun"] < at < story["ended"])
-back = next((at for at, used in during if at > story["ended"] + 0.05 and used >= 0.97 * steady), None)
+# Until the taker comes, and once its memory is gone, which takes a moment: all but the ballast is ours.
+during = [used for at, used in card if story["ended"] - 0.5 < at < story["ended"]]
+gone = next(at for at, used in card if at > story["ended"] and used < min(during) - 0.9 * had)
+before = most(begun, story["started"])
+steady = most(story["started"] - 1.5, story["started"])
+least = min(during) - ballast - had
+back = next((at for at, used in card if at > gone and used - ballast >= 0.95 * steady), None)
+after = most(gone, ended)
 times = sorted(float(took) for took in re.findall(r"^step \d+ of \d+: ([0-9.]+) s", text("limited.log"), re.M))
 step = times[len(times) // 2]
 result = {
     "limit_bytes": limit,
-    "most_bytes_on_the_card_alone": max(alone),
+    "most_bytes_before": before,
+    "most_bytes_after": after,
     "steady_bytes": steady,
-    "lowest_bytes_beside_the_taker": lowest,
+    "least_bytes_beside_the_taker": least,
     "taker_wanted_bytes": story["wanted"],
-    "taker_had_bytes": sum(size for _, size in taken),
+    "taker_had_bytes": had,
     "taker_waited_s": story["had"] - story["begun"],
-    "back_after_s": back - story["ended"] if back else None,
+    "back_after_s": back - gone if back else None,
     "step_s": step,
     "step_times_s": times,
     "host_rss_bytes": max(rss for _, rss in host),
     "latents_resident": latents("resident.log"),
     "latents_limited": latents("limited.log"),
 }
-result["within_limit"] = max(alone) <= limit
+result["within_limit"] = max(before, after) <= limit
 result["taken_in_two_steps"] = result["taker_had_bytes"] >= story["wanted"] and (
     result["taker_waited_s"] <= 2 * step
 )

@@ -7,6 +7,7 @@
 //! never held while anything is read or computed.
 
 use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
     sync::{Arc, atomic::Ordering},
     time::{Duration, Instant},
 };
@@ -405,7 +406,11 @@ impl Drop for Lease {
 /// A worker: fills slots until the pager is gone.
 fn fetch(inbox: &Receiver<Job>) {
     for Job { pager, at, mut memory, image } in inbox.iter() {
-        let result = memory.fill(&image);
+        // A lease that waits for the block must hear of it, whatever happens.
+        let filled = catch_unwind(AssertUnwindSafe(|| memory.fill(&image)));
+        let result = filled.unwrap_or_else(|_| {
+            Err(Error::Device(format!("the thread that fetched `{}` panicked", image.name)))
+        });
         let mut state = pager.state.lock();
         if let Ok(copies) = &result {
             state.models[at.model].filled(at.block, *copies);

@@ -38,6 +38,7 @@ fn every_plan_and_every_way_of_the_bytes_gives_the_same_bits() {
             {
                 let options = CudaOptions {
                     transfers,
+                    poisons: locked == 0,
                     locked: Some(Bytes(locked)),
                     buffers: 2,
                     buffer: Bytes(buffer),
@@ -123,7 +124,7 @@ fn weights_outside_a_lease_are_poison() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("tower.safetensors");
     write(&path, 2, 3);
-    let pager = open(&CudaOptions::default());
+    let pager = open(&CudaOptions { poisons: true, ..CudaOptions::default() });
     let tower = build(&pager, "tower", &path, 2);
     let pass = tower.pass().unwrap();
     let escaped = pass.stem(|scale| Ok(scale.clone())).unwrap();
@@ -132,6 +133,17 @@ fn weights_outside_a_lease_are_poison() {
     assert!(escaped.to_dtype(DType::F32).is_err());
     assert!((&escaped + 1.).is_err());
     run(&tower).unwrap();
+    drop(tower);
+
+    // Where bindings stay, they end with the model.
+    let pager = open(&CudaOptions { poisons: false, ..CudaOptions::default() });
+    let tower = build(&pager, "tower", &path, 2);
+    let pass = tower.pass().unwrap();
+    let escaped = pass.stem(|scale| Ok(scale.clone())).unwrap();
+    drop(pass);
+    assert!(escaped.to_dtype(DType::F32).is_ok());
+    drop(tower);
+    assert!(escaped.to_dtype(DType::F32).is_err());
 }
 
 #[test]

@@ -201,9 +201,13 @@ pub trait Slot: Send {
     /// Whatever the tensor library refuses; the tensors are then unbound.
     fn bind(&mut self, tensors: &[Tensor]) -> Result<()>;
 
-    /// Poisons `tensors`. What was queued on the device before still finds its bytes.
+    /// Ends the use of `tensors`: what was queued on the device before still finds its bytes. They are poisoned,
+    /// or stay bound until [`unbind_all`](Self::unbind_all) where the slot's memory stays where it is.
     ///
     /// # Errors
     /// Whatever the tensor library refuses.
     fn unbind(&mut self, tensors: &[Tensor]) -> Result<()>;
+
+    /// Poisons whatever `unbind` left bound: blocks may come to other slots from here on.
+    fn unbind_all(&mut self) {}
 }

@@ -187,7 +187,8 @@ impl Model {
 
     /// A pass of it is over, in which activations took so much at most.
     pub(super) fn calibrate(&mut self, peak: u64) {
-        self.peaks = [peak, self.peaks[0]];
+        // Where memory ran out, the peak is what there was, not what was needed.
+        self.peaks = [peak.saturating_add(self.extra), self.peaks[0]];
         self.extra = 0;
     }
 
@@ -206,6 +207,9 @@ impl Model {
         let before = self.held;
         for slot in 0..self.slots.len() {
             self.look_at(slot);
+            if let Some(memory) = &mut self.slots[slot].memory {
+                memory.unbind_all();
+            }
         }
         let mut old = std::mem::take(&mut self.slots);
         let old_slot_of = std::mem::replace(&mut self.slot_of, plan.slot_of.clone());

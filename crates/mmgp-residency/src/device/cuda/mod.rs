@@ -70,6 +70,9 @@ pub struct CudaOptions {
     pub margin: Bytes,
     /// Bytes a second at which blocks are copied at most; a slow link for a fast one to stand in for.
     pub link_limit: Option<Bytes>,
+    /// Whether weights are poisoned at the end of each lease, so that any use outside of one fails. It takes time,
+    /// so that by default only debug builds do; else such a use finds whatever lies in the slot.
+    pub poisons: bool,
 }
 
 /// Where the bytes of blocks that stream are locked.
@@ -105,6 +108,7 @@ impl Default for CudaOptions {
             vram_limit: None,
             margin: Bytes(512_000_000),
             link_limit: None,
+            poisons: cfg!(debug_assertions),
         }
     }
 }
@@ -120,6 +124,7 @@ struct Shared {
     stream: Arc<CudaStream>,
     copies: Arc<CudaStream>,
     transfers: Transfers,
+    poisons: bool,
     keeper: Keeper,
     ring: Ring,
     throttle: Throttle,
@@ -179,6 +184,7 @@ impl Cuda {
             candle: Candle::Cuda(device.clone()),
             compute: options.compute,
             transfers: options.transfers,
+            poisons: options.poisons,
             keeper: Keeper { context: context.clone(), locked, registrar, readers },
             ring: Ring::new(idle, size),
             throttle,

@@ -42,9 +42,16 @@ pub(super) struct CudaSlot {
     awaited: bool,
     /// Whether anything may have been computed on the slot that `free` does not tell of.
     unmarked: bool,
-    /// For each block that was bound here, by the first of its tensors, what is exchanged under them: storages
-    /// over the slot while it is unbound, poison while it is bound. Made once, so that a visit makes nothing.
-    storages: HashMap<TensorId, Vec<Option<Storage>>>,
+    /// Each block that was bound here, by the first of its tensors. Made once, so that a visit makes nothing.
+    blocks: HashMap<TensorId, Block>,
+}
+
+/// The tensors of a block, and what is exchanged under them: storages over the slot while they are unbound, what
+/// was there before while they are bound.
+struct Block {
+    tensors: Vec<Tensor>,
+    others: Vec<Option<Storage>>,
+    bound: bool,
 }
 
 impl CudaSlot {
@@ -66,7 +73,7 @@ impl CudaSlot {
             moved: None,
             awaited: false,
             unmarked: false,
-            storages: HashMap::new(),
+            blocks: HashMap::new(),
         })
     }
 
@@ -232,29 +239,64 @@ impl Slot for CudaSlot {
             self.awaited = true;
         }
         let Some(first) = tensors.first() else { return Ok(()) };
-        if self.storages.get(&first.id()).is_none_or(|known| known.len() != tensors.len()) {
-            let (mut offset, mut made) = (0, Vec::with_capacity(tensors.len()));
+        if self.blocks.get(&first.id()).is_none_or(|known| known.tensors.len() != tensors.len()) {
+            let (mut offset, mut others) = (0, Vec::with_capacity(tensors.len()));
             for tensor in tensors {
                 let (dtype, len) = (tensor.dtype(), tensor.elem_count());
                 let storage = storage_at(device, dtype, self.start + offset, len)?;
-                made.push(Some(Storage::Cuda(storage)));
+                others.push(Some(Storage::Cuda(storage)));
                 offset += ((len * dtype.size_in_bytes()) as u64).next_multiple_of(ALIGN);
             }
-            let old = self.storages.insert(first.id(), made);
-            old.into_iter().flatten().flatten().for_each(release);
+            let block = Block { tensors: tensors.to_vec(), others, bound: false };
+            if let Some(old) = self.blocks.insert(first.id(), block) {
+                old.end();
+            }
         }
-        self.swap(tensors)
+        self.blocks.get_mut(&first.id()).map_or(Ok(()), |block| block.set(true))
     }
 
     fn unbind(&mut self, tensors: &[Tensor]) -> Result<()> {
-        let swapped = self.swap(tensors);
+        // Binding belongs to the plan: what is bound stays so, unless every use outside of a lease is to fail.
+        let block = tensors.first().and_then(|first| self.blocks.get_mut(&first.id()));
+        let unbound = match block {
+            Some(block) if self.shared.poisons => block.set(false),
+            _ => Ok(()),
+        };
         self.unmarked = true;
         // What stays is filled once: it need not be known when each visit of it is over.
         let marked = match self.occupancy {
             Occupancy::Turns => self.mark(),
             Occupancy::Alone => Ok(()),
         };
-        swapped.and(marked.map_err(|e| failed("ordering copies", e)))
+        unbound.and(marked.map_err(|e| failed("ordering copies", e)))
+    }
+
+    fn unbind_all(&mut self) {
+        self.blocks.drain().for_each(|(_, block)| block.end());
+    }
+}
+
+impl Block {
+    /// Binds the tensors or unbinds them.
+    fn set(&mut self, bound: bool) -> Result<()> {
+        if self.bound != bound {
+            self.bound = bound;
+            for (tensor, other) in self.tensors.iter().zip(&mut self.others) {
+                if let Some(storage) = other.take() {
+                    *other = Some(exchange(tensor, storage)?);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Unbinds them for good.
+    fn end(mut self) {
+        if let Err(error) = self.set(false) {
+            // A storage that stays under a tensor is over memory that it does not own.
+            tracing::error!("a block stays bound: {error}");
+        }
+        self.others.into_iter().flatten().for_each(release);
     }
 }
 
@@ -267,24 +309,11 @@ impl CudaSlot {
         }
         Ok(())
     }
-
-    /// Exchanges what is under `tensors` and what is kept for them.
-    fn swap(&mut self, tensors: &[Tensor]) -> Result<()> {
-        let Some(first) = tensors.first() else { return Ok(()) };
-        let kept = self.storages.get_mut(&first.id()).into_iter().flatten();
-        for (tensor, kept) in tensors.iter().zip(kept) {
-            if let Some(storage) = kept.take() {
-                *kept = Some(exchange(tensor, storage)?);
-            }
-        }
-        Ok(())
-    }
 }
 
 impl Drop for CudaSlot {
     fn drop(&mut self) {
-        // They own nothing: the pager drops no bound slot, so what is kept is over the slot.
-        self.storages.drain().flat_map(|(_, kept)| kept).flatten().for_each(release);
+        self.unbind_all();
         // What was queued on the slot must be over before its memory is anyone else's.
         let marked = self.mark();
         let over =

@@ -208,10 +208,12 @@ impl Vram {
         if self.limit.is_some() || self.spills {
             self.measure_libraries();
         }
+        // What lies in pools that were current before is of activations too.
+        let retired: u64 = self.retired.lock().iter().map(Pool::reserved).sum();
         let mut pool = self.pool.lock();
         let high = pool.reserved().max(pool.high);
         pool.high = 0;
-        high
+        high + retired
     }
 
     /// What libraries take shows once something has run: what is gone and is neither ours nor the
