@@ -1,6 +1,6 @@
 //! What a model's passes cost, as its blocks' clocks and slots tell: what the schedule is made of.
 
-use std::time::Duration;
+use std::{collections::VecDeque, time::Duration};
 
 use crate::{
     Device,
@@ -14,8 +14,8 @@ const TELLING: u64 = 1 << 20;
 /// A block that takes so many times as long as it does is slow.
 const SLOW: f64 = 2.;
 
-/// What a copy counts when the next one is seen.
-const FADE: f64 = 0.97;
+/// Copies that are remembered.
+const COPIES: usize = 256;
 
 /// The times of one model's blocks, the stem first.
 #[derive(Default)]
@@ -40,11 +40,33 @@ struct Block {
     copied: bool,
 }
 
-/// Bytes over seconds, of which older ones count less.
+/// The rates of recent copies.
 #[derive(Default)]
 struct Meter {
-    bytes: f64,
-    seconds: f64,
+    /// Bytes a second, and bytes.
+    copies: VecDeque<(f64, u64)>,
+}
+
+impl Meter {
+    fn add(&mut self, bytes: u64, seconds: f64) {
+        if self.copies.len() == COPIES {
+            self.copies.pop_front();
+        }
+        self.copies.push_back((bytes as f64 / seconds, bytes));
+    }
+
+    /// The rate in the middle, by bytes: that of a link that others use for a moment stays what it is.
+    fn rate(&self) -> Option<f64> {
+        let mut copies: Vec<(f64, u64)> = self.copies.iter().copied().collect();
+        copies.sort_unstable_by(|a, b| a.0.total_cmp(&b.0));
+        let half = copies.iter().map(|copy| copy.1).sum::<u64>() / 2;
+        let mut passed = 0;
+        let middle = copies.into_iter().find(|copy| {
+            passed += copy.1;
+            passed > half
+        });
+        middle.map(|copy| copy.0).filter(|rate| rate.is_finite())
+    }
 }
 
 impl Timing {
@@ -105,8 +127,7 @@ impl Timing {
             None => true,
         };
         if !first && moved.bytes.0 >= TELLING && seconds > 0. {
-            self.link.bytes = FADE * self.link.bytes + moved.bytes.0 as f64;
-            self.link.seconds = FADE * self.link.seconds + seconds;
+            self.link.add(moved.bytes.0, seconds);
         }
     }
 
@@ -139,8 +160,7 @@ impl Timing {
             [a, b] => a.or(b),
         };
         let blocks = measured.iter().map(least).collect::<Option<Vec<f64>>>()?;
-        let link = self.link.bytes / self.link.seconds;
-        (link.is_finite() && link > 0.).then_some(PassCosts { blocks, outside: self.outside, link })
+        Some(PassCosts { blocks, outside: self.outside, link: self.link.rate()? })
     }
 
     fn clock(&mut self, block: usize) -> Option<&mut Box<dyn Clock>> {
@@ -161,5 +181,32 @@ impl Timing {
             self.stalled += times.stalled;
         }
         Some(times)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_link_that_is_slow_for_a_moment_keeps_its_rate() {
+        let mut meter = Meter::default();
+        assert_eq!(meter.rate(), None);
+        let copies = |meter: &mut Meter, count: usize, rate: f64| {
+            for _ in 0..count {
+                meter.add(1 << 30, (1u64 << 30) as f64 / rate);
+            }
+        };
+        copies(&mut meter, 100, 50e9);
+        copies(&mut meter, 60, 10e9);
+        assert!((meter.rate().unwrap() / 50e9 - 1.).abs() < 1e-9);
+        // What lasts is believed.
+        copies(&mut meter, 120, 10e9);
+        assert!((meter.rate().unwrap() / 10e9 - 1.).abs() < 1e-9);
+        // Many small copies say less than a few large ones.
+        let mut meter = Meter::default();
+        (0..50).for_each(|_| meter.add(1 << 20, 1e-3));
+        copies(&mut meter, 2, 50e9);
+        assert!((meter.rate().unwrap() / 50e9 - 1.).abs() < 1e-9);
     }
 }
