@@ -1,4 +1,5 @@
-//! Tokenizers: CLIP's two old files against its `tokenizer.json`, padding, cutting, broken files.
+//! Tokenizers: CLIP's two old files against its `tokenizer.json`, T5's `spiece.model` against sentencepiece
+//! itself, padding, cutting, broken files.
 
 use std::{
     fs,
@@ -140,5 +141,68 @@ fn broken_tokenizers_are_named() -> Result<()> {
         let error = refused(dir.path())?;
         assert!(error.contains(file) && error.contains(says), "{file} {content:?}: {error}");
     }
+    Ok(())
+}
+
+fn spiece() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/spiece")
+}
+
+/// A folder with this as `spiece.model`, and the pad token that T5's folders name.
+fn spiece_folder(model: &[u8]) -> Result<tempfile::TempDir> {
+    let dir = tempfile::tempdir()?;
+    fs::write(dir.path().join("spiece.model"), model)?;
+    fs::write(dir.path().join("tokenizer_config.json"), r#"{"pad_token": "<pad>"}"#)?;
+    Ok(dir)
+}
+
+#[test]
+fn a_spiece_model_gives_the_ids_of_sentencepiece() -> Result<()> {
+    let dir = spiece_folder(&fs::read(spiece().join("spiece.model"))?)?;
+    let tokenizer = Tokenizer::open_dir(dir.path())?;
+    let known: serde_json::Value = serde_json::from_slice(&fs::read(spiece().join("cases.json"))?)?;
+    // Behind the pieces are those that T5's classes add.
+    assert_eq!(tokenizer.vocab_size() as u64, known["vocab_size"].as_u64().unwrap() + 100);
+    assert_eq!(tokenizer.pad(), 0);
+    for case in known["cases"].as_array().unwrap() {
+        let text = case["text"].as_str().unwrap();
+        let mut ids: Vec<u32> = serde_json::from_value(case["ids"].clone())?;
+        ids.push(1);
+        let tokens = tokenizer.encode(text, 128)?;
+        let count = tokens.mask.iter().sum::<u32>() as usize;
+        assert_eq!(tokens.ids[..count], ids, "{text:?}");
+        assert!(tokens.ids[count..].iter().all(|&id| id == 0));
+    }
+    // As T5's classes have them: special tokens in a text, the last of those that are added first.
+    let tokens = tokenizer.encode("<extra_id_99></s><extra_id_0>", 8)?;
+    assert_eq!(tokens.ids[..4], [600, 1, 699, 1]);
+    let cut = tokenizer.encode("red heart and a blue rocket", 4)?;
+    assert_eq!((cut.ids[3], cut.cut.as_deref()), (1, Some("and a blue rocket")));
+    Ok(())
+}
+
+#[test]
+fn a_spiece_model_that_lies_is_an_error() -> Result<()> {
+    let model = fs::read(spiece().join("spiece.model"))?;
+    let open = |model: &[u8]| {
+        let dir = spiece_folder(model)?;
+        let tokens =
+            Tokenizer::open_dir(dir.path())?.encode("red \u{fb01}sh \u{bd} caf\u{e9}", 40)?;
+        Ok::<_, Box<dyn std::error::Error>>(tokens)
+    };
+    let whole = open(&model)?;
+    for cut in [0, 1, 7, 100, model.len() / 2, model.len() - 1] {
+        let error = open(&model[..cut]).map_err(|e| e.to_string());
+        assert!(error.as_ref().is_err_and(|e| e.contains("spiece.model")), "{cut}: {error:?}");
+    }
+    // Whatever is changed, it is read, or refused with the file's name.
+    proptest!(ProptestConfig::with_cases(400), |(at in 0..model.len(), byte: u8)| {
+        let mut model = model.clone();
+        model[at] = byte;
+        match open(&model) {
+            Ok(tokens) => prop_assert_eq!(tokens.ids.len(), whole.ids.len()),
+            Err(error) => prop_assert!(error.to_string().contains("spiece.model"), "{}", error),
+        }
+    });
     Ok(())
 }

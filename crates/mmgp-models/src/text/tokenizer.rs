@@ -1,19 +1,20 @@
 //! From a prompt to token ids of a fixed length.
 //!
-//! A tokenizer comes as `tokenizer.json`, or, for CLIP, as `vocab.json` and `merges.txt` alone; the
-//! latter two are built into the same tokenizer that CLIP's `tokenizer.json` describes. Files pad in
-//! many ways or not at all, so padding and cutting are done here.
+//! A tokenizer comes as `tokenizer.json`, or, for CLIP, as `vocab.json` and `merges.txt` alone, or, for T5, as
+//! `spiece.model` alone; those are built into the tokenizers that a `tokenizer.json` would describe. Files pad
+//! in many ways or not at all, so padding and cutting are done here.
 
 use std::{
     collections::BTreeMap,
     fs,
+    panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
 };
 
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::{Error, Result};
+use crate::{Error, Result, text::spiece};
 
 /// A tokenizer and the id that it pads with.
 pub struct Tokenizer {
@@ -44,26 +45,21 @@ impl Tokenizer {
         let special = Special::read(dir)?;
         let file = dir.join("tokenizer.json");
         let (vocab, merges) = (dir.join("vocab.json"), dir.join("merges.txt"));
+        let spiece = dir.join("spiece.model");
         let (inner, file) = if file.is_file() {
             // Parsed by hand first: the size is bounded, and the error has a line.
             let json: Value = mmgp_io::read_json(&file)?;
             (parse(json, &file)?, file)
         } else if vocab.is_file() && merges.is_file() {
             (clip(&vocab, &merges, &special)?, vocab)
+        } else if spiece.is_file() {
+            let extra = special.extra.unwrap_or(T5_EXTRA);
+            (spiece::open(&spiece, special.eos.as_deref().unwrap_or(T5_END), extra)?, spiece)
         } else {
-            let sentences = dir.join("spiece.model").is_file();
             return Err(broken(
                 dir,
-                match sentences {
-                    true => {
-                        "there is only spiece.model, which is not read; save the tokenizer as \
-                             tokenizer.json with transformers"
-                    }
-                    false => {
-                        "no tokenizer found; looked for tokenizer.json, and vocab.json with \
-                              merges.txt"
-                    }
-                },
+                "no tokenizer found; looked for tokenizer.json, vocab.json with merges.txt, and \
+                 spiece.model",
             ));
         };
         let padding = inner.get_padding().map(|p| p.pad_id);
@@ -90,7 +86,11 @@ impl Tokenizer {
         if len < 2 {
             return Err(Error::Input(format!("token length {len}: at least 2 are needed")));
         }
-        let encoding = self.inner.encode(text, true).map_err(|e| broken(&self.file, e))?;
+        // Files are hostile: what a library does with tables that lie is its own affair.
+        let encode = || self.inner.encode(text, true);
+        let encoding = catch_unwind(AssertUnwindSafe(encode))
+            .map_err(|_| broken(&self.file, "its tables contradict themselves"))?
+            .map_err(|e| broken(&self.file, e))?;
         let mut ids = encoding.get_ids().to_vec();
         let mut cut = None;
         if ids.len() > len {
@@ -121,6 +121,9 @@ impl Tokenizer {
 
 const CLIP_START: &str = "<|startoftext|>";
 const CLIP_END: &str = "<|endoftext|>";
+const T5_END: &str = "</s>";
+/// `<extra_id_N>` that T5's classes add where no file says how many.
+const T5_EXTRA: usize = 100;
 
 fn broken(file: &Path, message: impl ToString) -> Error {
     Error::Tokenizer { file: file.into(), message: message.to_string() }
@@ -154,33 +157,34 @@ struct SpecialFile {
     bos_token: Option<Token>,
     eos_token: Option<Token>,
     unk_token: Option<Token>,
+    extra_ids: Option<u16>,
 }
 
 /// The special tokens that the small files beside a tokenizer name.
 struct Special {
     pad: Option<(String, PathBuf)>,
-    bos: String,
-    eos: String,
-    unk: String,
+    bos: Option<String>,
+    eos: Option<String>,
+    unk: Option<String>,
+    extra: Option<usize>,
 }
 
 impl Special {
     fn read(dir: &Path) -> Result<Self> {
-        let mut special = (None, None, None, None);
+        let mut special = Self { pad: None, bos: None, eos: None, unk: None, extra: None };
         for name in ["tokenizer_config.json", "special_tokens_map.json"] {
             let path = dir.join(name);
             if !path.is_file() {
                 continue;
             }
             let file: SpecialFile = mmgp_io::read_json(&path)?;
-            special.0 = special.0.or(file.pad_token.map(|t| (t.content(), path)));
-            special.1 = special.1.or(file.bos_token.map(Token::content));
-            special.2 = special.2.or(file.eos_token.map(Token::content));
-            special.3 = special.3.or(file.unk_token.map(Token::content));
+            special.pad = special.pad.or(file.pad_token.map(|t| (t.content(), path)));
+            special.bos = special.bos.or(file.bos_token.map(Token::content));
+            special.eos = special.eos.or(file.eos_token.map(Token::content));
+            special.unk = special.unk.or(file.unk_token.map(Token::content));
+            special.extra = special.extra.or(file.extra_ids.map(usize::from));
         }
-        let (pad, bos, eos, unk) = special;
-        let or = |token: Option<String>, default: &str| token.unwrap_or_else(|| default.into());
-        Ok(Self { pad, bos: or(bos, CLIP_START), eos: or(eos, CLIP_END), unk: or(unk, CLIP_END) })
+        Ok(special)
     }
 }
 
@@ -193,8 +197,11 @@ fn clip(vocab: &Path, merges: &Path, special: &Special) -> Result<tokenizers::To
             .copied()
             .ok_or_else(|| broken(vocab, format!("no entry for the special token {token:?}")))
     };
-    let (bos, eos) = (id(&special.bos)?, id(&special.eos)?);
-    id(&special.unk)?;
+    let or = |token: &Option<String>, default: &str| token.clone().unwrap_or(default.into());
+    let (first, last) = (or(&special.bos, CLIP_START), or(&special.eos, CLIP_END));
+    let unknown = or(&special.unk, CLIP_END);
+    let (bos, eos) = (id(&first)?, id(&last)?);
+    id(&unknown)?;
     let text = fs::read_to_string(merges).map_err(|e| broken(merges, e))?;
     let mut pairs = Vec::new();
     for (at, line) in text.lines().enumerate() {
@@ -214,9 +221,9 @@ fn clip(vocab: &Path, merges: &Path, special: &Special) -> Result<tokenizers::To
             _ => return Err(broken(merges, format!("line {}: not two tokens", at + 1))),
         }
     }
-    let mut added: Vec<(&str, u32)> = vec![(&special.bos, bos)];
+    let mut added: Vec<(&str, u32)> = vec![(&first, bos)];
     if eos != bos {
-        added.push((&special.eos, eos));
+        added.push((&last, eos));
     }
     added.sort_by_key(|(_, id)| *id);
     let added: Vec<Value> = added
@@ -241,11 +248,11 @@ fn clip(vocab: &Path, merges: &Path, special: &Special) -> Result<tokenizers::To
             { "type": "Split", "pattern": { "Regex": words }, "behavior": "Removed", "invert": true },
             { "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true },
         ]},
-        "post_processor": { "type": "RobertaProcessing", "sep": [special.eos, eos],
-            "cls": [special.bos, bos], "trim_offsets": false, "add_prefix_space": false },
+        "post_processor": { "type": "RobertaProcessing", "sep": [last, eos],
+            "cls": [first, bos], "trim_offsets": false, "add_prefix_space": false },
         "decoder": { "type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true,
             "use_regex": true },
-        "model": { "type": "BPE", "dropout": null, "unk_token": special.unk,
+        "model": { "type": "BPE", "dropout": null, "unk_token": unknown,
             "continuing_subword_prefix": "", "end_of_word_suffix": "</w>", "fuse_unk": false,
             "byte_fallback": false, "vocab": ids, "merges": pairs },
     });
