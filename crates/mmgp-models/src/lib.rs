@@ -32,6 +32,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod cogvideox;
 mod config;
 mod error;
 pub mod flux;
