@@ -1,10 +1,10 @@
 //! Diffusion models written as a stem and a list of blocks, so that their weights can be paged.
 //!
 //! Three nouns carry the crate. A *config* is the checked file of a model; a *model*
-//! ([`flux::FluxTransformer`], [`text::t5::T5Encoder`], [`text::clip::ClipText`],
-//! [`vae::kl::KlDecoder`]) is built from a config and a `ModelBuilder`, and its weights are on the
-//! device only inside its `forward`; a *schedule* ([`schedulers`]) says which noise levels a run
-//! visits. Nothing here knows where weights lie or how they travel.
+//! ([`flux::FluxTransformer`], [`cogvideox::CogVideoXTransformer`], [`text::t5::T5Encoder`],
+//! [`text::clip::ClipText`], [`vae::kl::KlDecoder`]) is built from a config and a `ModelBuilder`, and
+//! its weights are on the device only inside its `forward`; a *schedule* ([`schedulers`]) says which
+//! noise levels a run visits. Nothing here knows where weights lie or how they travel.
 //!
 //! ```
 //! use mmgp_models::schedulers::flow_match_euler::{
@@ -32,6 +32,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod cogvideox;
 mod config;
 mod error;
 pub mod flux;

@@ -8,34 +8,13 @@ use mmgp_quant::{Bias, Linear, Weights};
 
 use crate::{
     flux::FluxConfig,
-    nn::{Activation, Heads, RmsNorm, Rope, attention, gated_add, join_gelu, layer_norm_modulated},
+    nn::{
+        Activation, FeedForward, Heads, Modulation, RmsNorm, Rope, attention, gated_add, join_gelu,
+        layer_norm_modulated,
+    },
 };
 
 const EPS: f64 = 1e-6;
-
-/// The conditioning of one block: rows of `[batch, n · hidden]`, computed from the timestep's vector.
-#[derive(Debug)]
-struct Modulation {
-    linear: Linear,
-    hidden: usize,
-}
-
-impl Modulation {
-    fn new(weights: &Weights, hidden: usize, count: usize) -> mmgp_quant::Result<Self> {
-        let linear = weights.pp("linear").linear(hidden, count * hidden, Bias::Yes)?;
-        Ok(Self { linear, hidden })
-    }
-
-    /// `N` vectors `[batch, hidden]` from SiLU of the timestep's vector.
-    fn forward<const N: usize>(&self, activated: &Tensor) -> Result<[Tensor; N]> {
-        let all = self.linear.forward(activated)?;
-        let mut parts = Vec::with_capacity(N);
-        for i in 0..N {
-            parts.push(all.narrow(1, i * self.hidden, self.hidden)?.contiguous()?);
-        }
-        parts.try_into().map_err(|_| candle_core::Error::msg("modulation"))
-    }
-}
 
 /// Queries, keys and values of one stream, heads normalised and turned.
 #[derive(Debug)]
@@ -73,29 +52,10 @@ impl Projection {
     }
 }
 
-#[derive(Debug)]
-struct FeedForward {
-    up: Linear,
-    down: Linear,
-}
-
-impl FeedForward {
-    fn new(weights: &Weights, hidden: usize) -> mmgp_quant::Result<Self> {
-        Ok(Self {
-            up: weights.pp("net.0.proj").linear(hidden, 4 * hidden, Bias::Yes)?,
-            down: weights.pp("net.2").linear(4 * hidden, hidden, Bias::Yes)?,
-        })
-    }
-
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.down.forward(&Activation::GeluTanh.apply(&self.up.forward(x)?)?)
-    }
-}
-
 /// One stream of a double block: its conditioning, projections and feed-forward.
 #[derive(Debug)]
 struct Stream {
-    modulation: Modulation,
+    modulation: Modulation<6>,
     projection: Projection,
     out: Linear,
     feed_forward: FeedForward,
@@ -129,7 +89,7 @@ impl DoubleBlock {
         let heads = Heads { count: config.num_attention_heads, dim: config.attention_head_dim };
         let attn = weights.pp("attn");
         let image = Stream {
-            modulation: Modulation::new(&weights.pp("norm1"), hidden, 6)?,
+            modulation: Modulation::new(&weights.pp("norm1"), hidden, hidden)?,
             projection: Projection::new(
                 &attn,
                 ["to_q", "to_k", "to_v"],
@@ -137,10 +97,10 @@ impl DoubleBlock {
                 heads,
             )?,
             out: attn.pp("to_out.0").linear(hidden, hidden, Bias::Yes)?,
-            feed_forward: FeedForward::new(&weights.pp("ff"), hidden)?,
+            feed_forward: FeedForward::new(&weights.pp("ff"), hidden, Activation::GeluTanh)?,
         };
         let text = Stream {
-            modulation: Modulation::new(&weights.pp("norm1_context"), hidden, 6)?,
+            modulation: Modulation::new(&weights.pp("norm1_context"), hidden, hidden)?,
             projection: Projection::new(
                 &attn,
                 ["add_q_proj", "add_k_proj", "add_v_proj"],
@@ -148,7 +108,11 @@ impl DoubleBlock {
                 heads,
             )?,
             out: attn.pp("to_add_out").linear(hidden, hidden, Bias::Yes)?,
-            feed_forward: FeedForward::new(&weights.pp("ff_context"), hidden)?,
+            feed_forward: FeedForward::new(
+                &weights.pp("ff_context"),
+                hidden,
+                Activation::GeluTanh,
+            )?,
         };
         Ok(Self { image, text, scale: 1. / (heads.dim as f64).sqrt() })
     }
@@ -168,7 +132,7 @@ impl DoubleBlock {
     ) -> Result<(Tensor, Tensor)> {
         let (n, m) = (image.dim(1)?, text.dim(1)?);
         let project = |stream: &Stream, x: &Tensor, first: usize| {
-            let modulation = stream.modulation.forward::<6>(activated)?;
+            let modulation = stream.modulation.forward(activated)?;
             let y = layer_norm_modulated(x, &modulation[1], &modulation[0], EPS)?;
             let qkv = stream.projection.forward(&y, &rope.narrow(first, y.dim(1)?)?)?;
             Ok::<_, candle_core::Error>((modulation, qkv))
@@ -188,7 +152,7 @@ impl DoubleBlock {
 /// A block over text and picture tokens together, whose attention and feed-forward run side by side.
 #[derive(Debug)]
 pub struct SingleBlock {
-    modulation: Modulation,
+    modulation: Modulation<3>,
     input: Linear,
     norm_q: RmsNorm,
     norm_k: RmsNorm,
@@ -213,7 +177,7 @@ impl SingleBlock {
             ("proj_mlp", 4 * hidden),
         ];
         Ok(Self {
-            modulation: Modulation::new(&weights.pp("norm"), hidden, 3)?,
+            modulation: Modulation::new(&weights.pp("norm"), hidden, hidden)?,
             input: weights.linear_joined(&layers, hidden, Bias::Yes)?,
             norm_q: RmsNorm::new(&weights.pp("attn.norm_q"), heads.dim, EPS)?,
             norm_k: RmsNorm::new(&weights.pp("attn.norm_k"), heads.dim, EPS)?,
@@ -229,7 +193,7 @@ impl SingleBlock {
     /// # Errors
     /// Shapes that do not fit; weights that are not leased.
     pub fn forward(&self, x: &Tensor, activated: &Tensor, rope: &Rope) -> Result<Tensor> {
-        let [shift, scale, gate] = self.modulation.forward::<3>(activated)?;
+        let [shift, scale, gate] = self.modulation.forward(activated)?;
         let rows = self.input.forward(&layer_norm_modulated(x, &scale, &shift, EPS)?)?;
         let (heads, width) = (self.heads, self.heads.width());
         let q = heads.split(&rows, 0, Some(&self.norm_q), Some(rope))?;

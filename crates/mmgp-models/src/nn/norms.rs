@@ -43,6 +43,28 @@ impl LayerNorm {
             cpu::read(bias, |b| scaled_rows(x, w, b, self.eps, |y, w, b| y * w + b))
         })
     }
+
+    /// [`LayerNorm::forward`], then `· (1 + scale) + shift`: [`layer_norm_modulated`] of a norm that
+    /// has weights.
+    ///
+    /// `x` is `[batch, tokens, width]`, `scale` and `shift` are `[batch, width]`.
+    ///
+    /// # Errors
+    /// Shapes that do not fit each other; weights that are not leased.
+    pub fn forward_modulated(&self, x: &Tensor, scale: &Tensor, shift: &Tensor) -> Result<Tensor> {
+        check_modulation(x, scale, shift)?;
+        // (y w + b) (1 + s) + t = y (w (1 + s)) + (b (1 + s) + t): one row of each for a batch item.
+        let scale = (up(scale)? + 1.)?;
+        let bias = scale.broadcast_mul(&up(&self.bias)?)?.add(&up(shift)?)?;
+        let weight = scale.broadcast_mul(&up(&self.weight)?)?;
+        if !is_f32_cpu(x) {
+            let y = plain_norm(&up(x)?, self.eps)?.broadcast_mul(&weight.unsqueeze(1)?)?;
+            return y.broadcast_add(&bias.unsqueeze(1)?)?.to_dtype(x.dtype());
+        }
+        cpu::read(&weight, |w| {
+            cpu::read(&bias, |b| scaled_rows(x, w, b, self.eps, |y, w, b| y * w + b))
+        })
+    }
 }
 
 /// x / √(mean(x²) + ε) · weight over the last dimension
@@ -127,10 +149,7 @@ pub fn layer_norm_modulated(
     shift: &Tensor,
     eps: f64,
 ) -> Result<Tensor> {
-    let (batch, _, width) = x.dims3()?;
-    if scale.dims() != [batch, width] || shift.dims() != [batch, width] {
-        candle_core::bail!("modulate: {:?} by {:?}, {:?}", x.dims(), scale.dims(), shift.dims());
-    }
+    check_modulation(x, scale, shift)?;
     if !is_f32_cpu(x) {
         let (scale, shift) = ((up(scale)?.unsqueeze(1)? + 1.)?, up(shift)?.unsqueeze(1)?);
         let y = plain_norm(&up(x)?, eps)?.broadcast_mul(&scale)?.broadcast_add(&shift)?;
@@ -140,6 +159,14 @@ pub fn layer_norm_modulated(
     cpu::read(&scale, |scale| {
         cpu::read(&shift, |shift| scaled_rows(x, scale, shift, eps, |y, a, b| y * (1. + a) + b))
     })
+}
+
+fn check_modulation(x: &Tensor, scale: &Tensor, shift: &Tensor) -> Result<()> {
+    let (batch, _, width) = x.dims3()?;
+    if scale.dims() != [batch, width] || shift.dims() != [batch, width] {
+        candle_core::bail!("modulate: {:?} by {:?}, {:?}", x.dims(), scale.dims(), shift.dims());
+    }
+    Ok(())
 }
 
 /// Normalises rows and finishes each value with its `a` and `b`, of which there is one row for all
@@ -251,6 +278,22 @@ mod tests {
         let want = want.broadcast_add(&shift.unsqueeze(1)?)?;
         near(&layer_norm_modulated(&x, &scale, &shift, 1e-6)?, &want)?;
         assert!(layer_norm_modulated(&x, &scale, &emb, 1e-6).is_err());
+        Ok(())
+    }
+
+    #[test]
+    fn modulation_comes_after_weight_and_bias() -> mmgp_quant::Result<()> {
+        let dev = Device::Cpu;
+        let rand = |s: &[usize]| Tensor::randn(0.5f32, 1., s, &dev);
+        let (w, b, x) = (rand(&[12])?, rand(&[12])?, rand(&[2, 3, 12])?);
+        let (scale, shift) = (rand(&[2, 12])?, rand(&[2, 12])?);
+        let source = MemorySource::new(&dev).with("weight", w.clone()).with("bias", b.clone());
+        let norm = LayerNorm::new(&Weights::new(source), 12, 1e-5)?;
+        let want = plain_norm(&x, 1e-5)?.broadcast_mul(&w)?.broadcast_add(&b)?;
+        let want = want.broadcast_mul(&(scale.unsqueeze(1)? + 1.)?)?;
+        let want = want.broadcast_add(&shift.unsqueeze(1)?)?;
+        near(&norm.forward_modulated(&x, &scale, &shift)?, &want)?;
+        assert!(norm.forward_modulated(&x, &scale, &shift.narrow(0, 0, 1)?).is_err());
         Ok(())
     }
 }

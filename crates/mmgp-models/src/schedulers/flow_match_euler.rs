@@ -324,7 +324,7 @@ impl Schedule {
 }
 
 /// numpy's `linspace`: `count` values from `start` to `stop`, both included.
-fn linspace(start: f64, stop: f64, count: usize) -> Vec<f64> {
+pub(super) fn linspace(start: f64, stop: f64, count: usize) -> Vec<f64> {
     let step = (stop - start) / count.saturating_sub(1).max(1) as f64;
     let mut values: Vec<f64> = (0..count).map(|i| i as f64 * step + start).collect();
     if count > 1 {

@@ -3,4 +3,7 @@
 //! A scheduler is made from its config and answers a request with a schedule, which holds no state:
 //! several runs may step through one schedule at a time.
 
+pub mod ddim;
+pub mod discrete;
+pub mod dpm;
 pub mod flow_match_euler;

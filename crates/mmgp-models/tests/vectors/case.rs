@@ -71,10 +71,18 @@ impl Case {
     /// Fails unless `got` is within tolerance of the output `name`; a file's README says what that
     /// means.
     pub(crate) fn check(&self, name: &str, got: &Tensor) -> Result<(), Error> {
+        let exact = self.about.exact_outputs.iter().any(|exact| exact == name);
+        self.check_within(name, got, if exact { 0. } else { self.about.tolerance_rel })
+    }
+
+    /// Fails unless `got` is equal to the output `name`.
+    pub(crate) fn check_exact(&self, name: &str, got: &Tensor) -> Result<(), Error> {
+        self.check_within(name, got, 0.)
+    }
+
+    fn check_within(&self, name: &str, got: &Tensor, tolerance: f64) -> Result<(), Error> {
         let want =
             self.io.get(&format!("out.{name}")).ok_or_else(|| format!("no output {name}"))?;
-        let exact = self.about.exact_outputs.iter().any(|exact| exact == name);
-        let tolerance = if exact { 0. } else { self.about.tolerance_rel };
         let error = compare(name, got, want, tolerance)?;
         self.checked.borrow_mut().insert(name.into(), error);
         Ok(())

@@ -8,9 +8,16 @@ use std::{collections::BTreeMap, path::Path, sync::Arc};
 use candle_core::{DType, Tensor};
 use mmgp_io::Checkpoint;
 use mmgp_models::{
+    cogvideox::{CogVideoXConfig, CogVideoXInputs, CogVideoXTransformer, positions},
     flux::{FluxConfig, FluxInputs, FluxTransformer, latents},
-    schedulers::flow_match_euler::{
-        FlowMatchConfig, FlowMatchEuler, Request, Schedule, calculate_mu, linspace_sigmas,
+    nn::Rope,
+    schedulers::{
+        ddim::Ddim,
+        discrete::DiscreteConfig,
+        dpm::Dpm,
+        flow_match_euler::{
+            FlowMatchConfig, FlowMatchEuler, Request, Schedule, calculate_mu, linspace_sigmas,
+        },
     },
     text::{
         clip::{ClipConfig, ClipText, Projection},
@@ -23,7 +30,7 @@ use serde_json::Value;
 
 use crate::{
     Outcome,
-    case::{Case, Error, same_bits},
+    case::{Case, Error, compare, same_bits},
     formats, lora,
 };
 
@@ -37,9 +44,12 @@ pub(crate) fn run(case: &Case) -> Result<Outcome, Error> {
         (_, "T5EncoderModel") => model(case, t5),
         (_, "CLIPTextModel") => model(case, |case, b| clip(case, b, Projection::No)),
         (_, "CLIPTextModelWithProjection") => model(case, |case, b| clip(case, b, Projection::Yes)),
+        (_, "CogVideoXTransformer3DModel") => model(case, cogvideox),
         ("vae_decoder", "AutoencoderKL") => model(case, decoder),
         ("vae_encoder", "AutoencoderKL") => model(case, encoder),
         (_, "FlowMatchEulerDiscreteScheduler") => scheduler(case),
+        (_, "CogVideoXDDIMScheduler") => ddim(case),
+        (_, "CogVideoXDPMScheduler") => dpm(case),
         (_, "FluxPipeline") => pipeline(case),
         (_, class) => Ok(Outcome::Skipped(format!("{class} is not built yet"))),
     }
@@ -104,6 +114,50 @@ pub(crate) fn flux(case: &Case, builder: ModelBuilder) -> Result<Forward<'_>, Er
         })?;
         Ok(Outputs::from([("sample", sample)]))
     }))
+}
+
+fn cogvideox(case: &Case, builder: ModelBuilder) -> Result<Forward<'_>, Error> {
+    let config = CogVideoXConfig::from_file(case.dir.join("config.json"))?;
+    let model = CogVideoXTransformer::new(&config, builder)?;
+    all_used(model.unused())?;
+    let positions = match case.about.kwargs.get("rotary_made_with") {
+        Some(made) => Some(rotary(case, &config, made)?),
+        None => None,
+    };
+    Ok(Box::new(move || {
+        let sample = model.forward(&CogVideoXInputs {
+            hidden_states: case.input("hidden_states")?,
+            encoder_hidden_states: case.input("encoder_hidden_states")?,
+            timestep: case.input("timestep")?,
+            image_positions: positions.as_ref(),
+            ofs: case.optional_input("ofs"),
+        })?;
+        Ok(Outputs::from([("sample", sample)]))
+    }))
+}
+
+/// The positions of a rotary case, if they give the tables that its model was called with.
+fn rotary(case: &Case, config: &CogVideoXConfig, made: &Value) -> Result<Tensor, Error> {
+    let list = |value: &Value| -> Result<[f64; 2], Error> {
+        let all = value.as_array().into_iter().flatten().filter_map(Value::as_f64);
+        all.collect::<Vec<_>>().try_into().map_err(|_| "not two numbers".into())
+    };
+    let grid = list(&made["grid_size"])?.map(|n| n as usize);
+    let (from, to) = (list(&made["crops_coords"][0])?, list(&made["crops_coords"][1])?);
+    let frames = made["temporal_size"].as_u64().ok_or("no temporal_size")? as usize;
+    let dev = crate::device::device();
+    let positions = positions::scaled(frames, grid, from, to, &dev)?;
+    // (1, 0) turns to (cos, sin); diffusers' tables have each of them twice.
+    let rope = Rope::new(&positions, &config.axes(), 10000., &dev)?;
+    let (patches, dim) = (positions.dim(0)?, config.attention_head_dim);
+    let ones = Tensor::new(&[1f32, 0.], &dev)?.repeat((1, 1, patches, dim / 2))?;
+    let turned = rope.apply(&ones)?.reshape((patches, dim / 2, 2))?;
+    for (i, name) in ["cos", "sin"].into_iter().enumerate() {
+        let got = turned.narrow(2, i, 1)?.repeat((1, 1, 2))?.reshape((patches, dim))?;
+        let want = case.input(&format!("image_rotary_emb.{name}"))?;
+        compare(name, &got, want, 1e-6)?;
+    }
+    Ok(positions)
 }
 
 fn t5(case: &Case, builder: ModelBuilder) -> Result<Forward<'_>, Error> {
@@ -226,6 +280,58 @@ fn scheduler(case: &Case) -> Result<Outcome, Error> {
     }
     case.check("step.samples", &Tensor::stack(&samples, 0)?)?;
     case.done()
+}
+
+fn ddim(case: &Case) -> Result<Outcome, Error> {
+    let scheduler = Ddim::new(DiscreteConfig::from_file(case.dir.join("config.json"))?)?;
+    for (i, steps) in steps_of_runs(case)?.into_iter().enumerate() {
+        check_timesteps(case, i, scheduler.schedule(steps)?.timesteps())?;
+    }
+    let schedule = scheduler.schedule(steps_of_runs(case)?[0])?;
+    let outputs = case.input("step.model_outputs")?;
+    let mut sample = case.input("step.sample")?.clone();
+    let mut samples = Vec::new();
+    for at in 0..schedule.timesteps().len() {
+        sample = schedule.step(at, &outputs.get(at)?, &sample)?;
+        samples.push(sample.clone());
+    }
+    case.check("step.samples", &Tensor::stack(&samples, 0)?)?;
+    case.done()
+}
+
+fn dpm(case: &Case) -> Result<Outcome, Error> {
+    let scheduler = Dpm::new(DiscreteConfig::from_file(case.dir.join("config.json"))?)?;
+    for (i, steps) in steps_of_runs(case)?.into_iter().enumerate() {
+        check_timesteps(case, i, scheduler.schedule(steps)?.timesteps())?;
+    }
+    let schedule = scheduler.schedule(steps_of_runs(case)?[0])?;
+    let (outputs, noises) = (case.input("step.model_outputs")?, case.input("step.noises")?);
+    let mut sample = case.input("step.sample")?.clone();
+    let mut previous = None;
+    let mut samples = Vec::new();
+    for at in 0..schedule.timesteps().len() {
+        let (output, noise) = (outputs.get(at)?, noises.get(at)?);
+        let step = schedule.step(at, &output, &sample, &noise, previous.as_ref())?;
+        (sample, previous) = (step.sample, Some(step.original));
+        samples.push(sample.clone());
+    }
+    case.check("step.samples", &Tensor::stack(&samples, 0)?)?;
+    case.done()
+}
+
+fn steps_of_runs(case: &Case) -> Result<Vec<usize>, Error> {
+    let runs = case.about.kwargs.get("runs").and_then(Value::as_array).ok_or("no runs")?;
+    let steps = runs.iter().filter_map(|run| run["num_inference_steps"].as_u64());
+    match steps.map(|n| n as usize).collect::<Vec<_>>() {
+        steps if steps.is_empty() => Err("no runs".into()),
+        steps => Ok(steps),
+    }
+}
+
+/// Timesteps are whole numbers: they must be equal, whatever a case tolerates of its samples.
+fn check_timesteps(case: &Case, run: usize, timesteps: &[usize]) -> Result<(), Error> {
+    let got: Vec<i64> = timesteps.iter().map(|&t| t as i64).collect();
+    case.check_exact(&format!("{run}.timesteps"), &Tensor::new(got, &crate::device::device())?)
 }
 
 /// A whole pipeline from token ids and noise, its four models under one budget.

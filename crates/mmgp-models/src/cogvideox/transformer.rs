@@ -1,0 +1,413 @@
+//! The CogVideoX transformer as a stem and a list of blocks.
+//!
+//! The stem cuts latents into patches, embeds them, the text and the timestep, and puts the result
+//! together again; everything between is blocks, leased one after another.
+
+use candle_core::{DType, Device, Result as CandleResult, Tensor, TensorId};
+use mmgp_quant::{Bias, Linear, Weights};
+use mmgp_residency::{ModelBuilder, Paged, Pager};
+use parking_lot::Mutex;
+
+use crate::{
+    Error, Result,
+    cogvideox::{CogVideoXBlock, CogVideoXConfig, positions::Sinusoids},
+    nn::{Activation, LayerNorm, Mlp, Modulation, Rope, timestep_embedding},
+};
+
+const THETA: f64 = 10000.;
+
+/// What one call of a CogVideoX transformer reads; tensors are f32 where nothing else is said.
+#[derive(Clone, Copy, Debug)]
+pub struct CogVideoXInputs<'a> {
+    /// Latents `[batch, frames, in_channels, height, width]`, with the picture's latents among the
+    /// channels where an image-to-video model reads them.
+    pub hidden_states: &'a Tensor,
+    /// Text states `[batch, text tokens, text_embed_dim]`.
+    pub encoder_hidden_states: &'a Tensor,
+    /// A scheduler's timestep, 0 to below 1000, `[batch]`, of any dtype.
+    pub timestep: &'a Tensor,
+    /// Positions of the patches `[patches, 3]`
+    /// ([`positions::rotary`](crate::cogvideox::positions::rotary)): given exactly if the config has
+    /// `use_rotary_positional_embeddings`.
+    pub image_positions: Option<&'a Tensor>,
+    /// `[batch]`: given exactly if the config has `ofs_embed_dim`.
+    pub ofs: Option<&'a Tensor>,
+}
+
+/// A CogVideoX transformer whose weights are paged.
+pub struct CogVideoXTransformer {
+    model: Paged<Stem, CogVideoXBlock>,
+    config: CogVideoXConfig,
+    tables: Mutex<Option<Kept>>,
+}
+
+/// The tables of the last call, which the steps of a run share: making them anew would read
+/// positions back from the device and send tables there, behind whatever else travels.
+struct Kept {
+    key: Key,
+    tables: Tables,
+}
+
+/// What tables were made of.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Key {
+    Positions(TensorId, usize),
+    Grid([usize; 3]),
+}
+
+/// How positions enter the model.
+#[derive(Clone)]
+enum Tables {
+    Turned(Rope),
+    Added(Sinusoids),
+}
+
+impl CogVideoXTransformer {
+    /// Asks `builder` for all tensors of the model. Nothing is read.
+    ///
+    /// # Errors
+    /// A config that will not do; a tensor that is missing or does not fit it.
+    pub fn new(config: &CogVideoXConfig, builder: ModelBuilder) -> Result<Self> {
+        config.validate()?;
+        let stem = Stem::new(config, &builder.stem())?;
+        let mut blocks = Vec::new();
+        for i in 0..config.num_layers {
+            let weights = builder.block(&format!("transformer_blocks.{i}"));
+            blocks.push(CogVideoXBlock::new(config, &weights)?);
+        }
+        let model = builder.finish(stem, blocks)?;
+        Ok(Self { model, config: config.clone(), tables: Mutex::default() })
+    }
+
+    /// What the model predicts (of the published ones, velocity):
+    /// `[batch, frames, out_channels, height, width]`, f32.
+    ///
+    /// # Errors
+    /// Inputs that do not fit the model or each other; weights that cannot be read; cancellation.
+    pub fn forward(&self, inputs: &CogVideoXInputs<'_>) -> Result<Tensor> {
+        let grid = self.check(inputs)?;
+        let (rope, sinusoids) = match self.tables(inputs, grid)? {
+            Tables::Turned(rope) => (Some(rope), None),
+            Tables::Added(sinusoids) => (None, Some(sinusoids)),
+        };
+        let pass = self.model.pass()?;
+        let (mut image, mut text, activated) =
+            pass.stem(|stem| stem.embed(inputs, sinusoids.as_ref()))?;
+        for visit in pass.blocks() {
+            (image, text) =
+                visit?.run(|block| block.forward(&image, &text, &activated, rope.as_ref()))?;
+        }
+        Ok(pass.stem(|stem| stem.project(&image, &activated, grid))?)
+    }
+
+    /// Stored tensors that the model does not use.
+    pub fn unused(&self) -> &[String] {
+        self.model.unused()
+    }
+
+    /// The pager that the model belongs to.
+    pub fn pager(&self) -> &Pager {
+        self.model.pager()
+    }
+
+    /// The number of blocks.
+    pub fn blocks(&self) -> usize {
+        self.model.len()
+    }
+
+    fn tables(&self, inputs: &CogVideoXInputs<'_>, grid: [usize; 3]) -> CandleResult<Tables> {
+        let text = inputs.encoder_hidden_states.dim(1)?;
+        let key = match inputs.image_positions {
+            Some(positions) => Key::Positions(positions.id(), text),
+            None => Key::Grid(grid),
+        };
+        let mut kept = self.tables.lock();
+        if let Some(kept) = kept.as_ref().filter(|kept| kept.key == key) {
+            return Ok(kept.tables.clone());
+        }
+        let device = inputs.hidden_states.device();
+        let tables = match inputs.image_positions {
+            Some(positions) => {
+                // The text is not turned: the angle of position 0 is 0.
+                let zeros = Tensor::zeros((text, 3), DType::F32, &Device::Cpu)?;
+                let image = positions.to_dtype(DType::F32)?.to_device(&Device::Cpu)?;
+                let all = Tensor::cat(&[zeros, image], 0)?;
+                Tables::Turned(Rope::new(&all, &self.config.axes(), THETA, device)?)
+            }
+            None => {
+                let (spatial, temporal) = (
+                    self.config.spatial_interpolation_scale,
+                    self.config.temporal_interpolation_scale,
+                );
+                let hidden = self.config.hidden();
+                Tables::Added(Sinusoids::new(grid, hidden, spatial, temporal, device)?)
+            }
+        };
+        *kept = Some(Kept { key, tables: tables.clone() });
+        Ok(tables)
+    }
+
+    /// The patches in frames, rows and columns.
+    fn check(&self, inputs: &CogVideoXInputs<'_>) -> Result<[usize; 3]> {
+        let dims = |t: &Tensor| t.dims().to_vec();
+        let wrong = |what: &str| {
+            Err(Error::Input(format!(
+                "cogvideox: {what} (hidden_states {:?}, encoder_hidden_states {:?}, timestep {:?}, \
+                 image_positions {:?}, ofs {:?})",
+                dims(inputs.hidden_states),
+                dims(inputs.encoder_hidden_states),
+                dims(inputs.timestep),
+                inputs.image_positions.map(dims),
+                inputs.ofs.map(dims),
+            )))
+        };
+        let config = &self.config;
+        let &[batch, frames, channels, height, width] = inputs.hidden_states.dims() else {
+            return wrong("latents have five dimensions");
+        };
+        let &[texts, tokens, text_width] = inputs.encoder_hidden_states.dims() else {
+            return wrong("text states have three dimensions");
+        };
+        if channels != config.in_channels {
+            return wrong(&format!("the model reads {} channels", config.in_channels));
+        }
+        if text_width != config.text_embed_dim {
+            return wrong(&format!("the model reads text of width {}", config.text_embed_dim));
+        }
+        let (patch, joined) = (config.patch_size, config.patch_size_t.unwrap_or(1));
+        let whole = |n: usize, by: usize| n > 0 && n.is_multiple_of(by);
+        if !whole(frames, joined) || !whole(height, patch) || !whole(width, patch) {
+            return wrong(&format!(
+                "latents are not whole patches of {joined} x {patch} x {patch}"
+            ));
+        }
+        let grid = [frames / joined, height / patch, width / patch];
+        let one = |t: &Tensor| t.dims() == [batch];
+        if texts != batch || !one(inputs.timestep) {
+            return wrong("one text and one timestep per video");
+        }
+        match (config.ofs_embed_dim, inputs.ofs) {
+            (Some(_), None) => return wrong("this model reads an ofs and none was given"),
+            (None, Some(_)) => return wrong("this model reads no ofs, one was given"),
+            (Some(_), Some(ofs)) if !one(ofs) => return wrong("one ofs per video"),
+            _ => {}
+        }
+        match (config.use_rotary_positional_embeddings, inputs.image_positions) {
+            (true, None) => return wrong("this model reads positions and none were given"),
+            (false, Some(_)) => return wrong("this model reads no positions, some were given"),
+            (true, Some(at)) if at.dims() != [grid.iter().product(), 3] => {
+                return wrong(&format!("latents of {grid:?} patches need a position for each"));
+            }
+            _ => {}
+        }
+        let table = config.use_learned_positional_embeddings;
+        let learned = (config.max_text_seq_length, config.sample());
+        if table && (tokens, [frames, height, width]) != learned {
+            return wrong(&format!(
+                "the learned positions are for {} text tokens and latents of {:?}",
+                learned.0, learned.1
+            ));
+        }
+        Ok(grid)
+    }
+}
+
+struct Stem {
+    patches: Patches,
+    text: Linear,
+    learned: Option<Tensor>,
+    timestep: Mlp,
+    ofs: Option<(Mlp, usize)>,
+    norm_final: LayerNorm,
+    modulation: Modulation<2>,
+    norm_out: LayerNorm,
+    proj_out: Linear,
+    hidden: usize,
+    patch: Patch,
+    compute: DType,
+}
+
+impl Stem {
+    fn new(config: &CogVideoXConfig, weights: &Weights) -> mmgp_quant::Result<Self> {
+        let (hidden, time) = (config.hidden(), config.time_embed_dim);
+        let patch = Patch { frames: config.patch_size_t.unwrap_or(1), side: config.patch_size };
+        let embed = weights.pp("patch_embed");
+        let activation = config.timestep_activation().unwrap_or(Activation::Silu);
+        let norm = |name: &str| LayerNorm::new(&weights.pp(name), hidden, config.norm_eps);
+        let outputs = patch.values(config.out_channels);
+        Ok(Self {
+            patches: Patches::new(config, patch, &embed.pp("proj"))?,
+            text: embed.pp("text_proj").linear(config.text_embed_dim, hidden, Bias::Yes)?,
+            learned: match config.use_learned_positional_embeddings {
+                true => {
+                    let [frames, height, width] = config.sample();
+                    let patches = frames * (height / patch.side) * (width / patch.side);
+                    let shape = [1, config.max_text_seq_length + patches, hidden];
+                    Some(embed.tensor(&shape, "pos_embedding")?)
+                }
+                false => None,
+            },
+            timestep: Mlp::new(&weights.pp("time_embedding"), hidden, time, activation)?,
+            ofs: match config.ofs_embed_dim {
+                Some(width) => {
+                    let mlp = Mlp::new(&weights.pp("ofs_embedding"), width, width, activation)?;
+                    Some((mlp, width))
+                }
+                None => None,
+            },
+            norm_final: norm("norm_final")?,
+            modulation: Modulation::new(&weights.pp("norm_out"), time, hidden)?,
+            norm_out: norm("norm_out.norm")?,
+            proj_out: weights.pp("proj_out").linear(hidden, outputs, Bias::Yes)?,
+            hidden,
+            patch,
+            compute: weights.compute_dtype(),
+        })
+    }
+
+    /// Patches, text tokens, and SiLU of the vector that conditions all blocks.
+    fn embed(
+        &self,
+        inputs: &CogVideoXInputs<'_>,
+        sinusoids: Option<&Sinusoids>,
+    ) -> CandleResult<(Tensor, Tensor, Tensor)> {
+        let embedded = |mlp: &Mlp, t: &Tensor, width: usize| {
+            mlp.forward(&timestep_embedding(t, width)?.to_dtype(self.compute)?)
+        };
+        let mut vector = embedded(&self.timestep, inputs.timestep, self.hidden)?;
+        if let (Some((mlp, width)), Some(ofs)) = (&self.ofs, inputs.ofs) {
+            vector = (vector + embedded(mlp, ofs, *width)?)?;
+        }
+        let rows = self.patch.cut(&inputs.hidden_states.to_dtype(self.compute)?)?;
+        let mut image = self.patches.forward(&rows)?;
+        drop(rows);
+        let mut text = self.text.forward(&inputs.encoder_hidden_states.to_dtype(self.compute)?)?;
+        if let Some(sinusoids) = sinusoids {
+            image = image.broadcast_add(&sinusoids.table()?.to_dtype(self.compute)?)?;
+        }
+        if let Some(table) = &self.learned {
+            let (m, n) = (text.dim(1)?, image.dim(1)?);
+            text = text.broadcast_add(&table.narrow(1, 0, m)?)?;
+            image = image.broadcast_add(&table.narrow(1, m, n)?)?;
+        }
+        Ok((image, text, Activation::Silu.apply(&vector)?))
+    }
+
+    fn project(
+        &self,
+        image: &Tensor,
+        activated: &Tensor,
+        grid: [usize; 3],
+    ) -> CandleResult<Tensor> {
+        let [shift, scale] = self.modulation.forward(activated)?;
+        let y = self.norm_final.forward(image)?;
+        let y = self.norm_out.forward_modulated(&y, &scale, &shift)?;
+        self.patch.join(&self.proj_out.forward(&y)?, grid)?.to_dtype(DType::F32)
+    }
+}
+
+/// How latents are cut: `frames` × `side` × `side` values of each channel make a patch.
+#[derive(Clone, Copy, Debug)]
+struct Patch {
+    frames: usize,
+    side: usize,
+}
+
+impl Patch {
+    /// The values of a patch of `channels`.
+    fn values(self, channels: usize) -> usize {
+        channels * self.frames * self.side * self.side
+    }
+
+    /// `[batch, frames, channels, height, width]` to `[batch, patches, values]`, the values of a patch
+    /// channel by channel, frame by frame, row by row.
+    fn cut(self, x: &Tensor) -> CandleResult<Tensor> {
+        let (batch, frames, channels, height, width) = x.dims5()?;
+        let (t, p) = (self.frames, self.side);
+        let (f, h, w) = (frames / t, height / p, width / p);
+        x.reshape(vec![batch, f, t, channels, h, p, w, p])?
+            .permute([0, 1, 4, 6, 3, 2, 5, 7])?
+            .contiguous()?
+            .reshape((batch, f * h * w, self.values(channels)))
+    }
+
+    /// What [`Patch::cut`] undoes: `grid` is the patches in frames, rows and columns.
+    fn join(self, x: &Tensor, [f, h, w]: [usize; 3]) -> CandleResult<Tensor> {
+        let (batch, _, values) = x.dims3()?;
+        let (t, p) = (self.frames, self.side);
+        let channels = values / self.values(1);
+        x.reshape(vec![batch, f, h, w, channels, t, p, p])?
+            .permute([0, 1, 5, 4, 2, 6, 3, 7])?
+            .contiguous()?
+            .reshape((batch, f * t, channels, h * p, w * p))
+    }
+}
+
+/// The embedding of patches, stored as a convolution before 1.5 and as a linear layer since.
+enum Patches {
+    Convolution { weight: Tensor, bias: Option<Tensor> },
+    Linear(Linear),
+}
+
+impl Patches {
+    fn new(config: &CogVideoXConfig, patch: Patch, weights: &Weights) -> mmgp_quant::Result<Self> {
+        let (hidden, channels) = (config.hidden(), config.in_channels);
+        if config.patch_size_t.is_some() {
+            // `patch_bias` is about the convolution only.
+            return Ok(Self::Linear(weights.linear(patch.values(channels), hidden, Bias::Yes)?));
+        }
+        let weight = weights.tensor(&[hidden, channels, patch.side, patch.side], "weight")?;
+        let bias = match config.patch_bias {
+            true => Some(weights.tensor(&[hidden], "bias")?),
+            false => None,
+        };
+        Ok(Self::Convolution { weight, bias })
+    }
+
+    /// `[batch, patches, values]` to `[batch, patches, hidden]`.
+    fn forward(&self, rows: &Tensor) -> CandleResult<Tensor> {
+        match self {
+            Self::Linear(linear) => linear.forward(rows),
+            Self::Convolution { weight, bias } => {
+                // Windows that do not overlap: a product with each patch.
+                let (batch, patches, values) = rows.dims3()?;
+                let weight = weight.flatten_from(1)?.t()?;
+                let y = rows.reshape((batch * patches, values))?.matmul(&weight)?;
+                let y = match bias {
+                    Some(bias) => y.broadcast_add(bias)?,
+                    None => y,
+                };
+                y.reshape((batch, patches, ()))
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn patches_hold_channels_then_frames_then_rows() -> CandleResult<()> {
+        let patch = Patch { frames: 2, side: 2 };
+        let shape = [1, 4, 3, 4, 6];
+        let count: usize = shape.iter().product();
+        let x = Tensor::arange(0f32, count as f32, &Device::Cpu)?.reshape(&shape[..])?;
+        let rows = patch.cut(&x)?;
+        assert_eq!(rows.dims(), [1, 2 * 2 * 3, 24]);
+        let at = |f, c, h, w| (((f * 3 + c) * 4 + h) * 6 + w) as f32;
+        // The patch of frames 2 and 3, rows 2 and 3, columns 4 and 5 is the last one.
+        let last = rows.squeeze(0)?.to_vec2::<f32>()?.pop().unwrap_or_default();
+        let mut want = Vec::new();
+        for (c, f) in (0..3).flat_map(|c| [2, 3].map(|f| (c, f))) {
+            for h in [2, 3] {
+                want.extend([4, 5].map(|w| at(f, c, h, w)));
+            }
+        }
+        assert_eq!(last, want);
+        let back = patch.join(&rows, [2, 2, 3])?;
+        assert_eq!(back.dims(), shape);
+        assert_eq!(back.flatten_all()?.to_vec1::<f32>()?, x.flatten_all()?.to_vec1::<f32>()?);
+        Ok(())
+    }
+}
