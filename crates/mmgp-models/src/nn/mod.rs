@@ -8,18 +8,22 @@
 mod activation;
 mod attention;
 mod conv;
+mod conv3d;
 mod cpu;
 mod embed;
 mod group_norm;
 mod heads;
 mod norms;
 mod rope;
+mod spread;
 
 pub use activation::{Activation, join_gelu};
 pub use attention::{attention, causal_mask, chunk_rows};
 pub use conv::{Conv2d, Window, strip_rows};
+pub use conv3d::Conv3d;
 pub use embed::{Mlp, timestep_embedding};
 pub use group_norm::GroupNorm;
 pub use heads::{Heads, gated_add};
 pub use norms::{LayerNorm, RmsNorm, layer_norm_modulated};
 pub use rope::Rope;
+pub use spread::spread_affine_silu;
