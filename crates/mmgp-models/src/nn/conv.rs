@@ -79,6 +79,12 @@ impl Conv2d {
         Ok(Self { weight, bias: weights.tensor(&[outputs], "bias")?, window })
     }
 
+    /// One over tensors that are leased: `weight` `[outputs, inputs, kernel, kernel]` and `bias`
+    /// `[outputs]`.
+    pub(super) fn over(weight: Tensor, bias: Tensor, window: Window) -> Self {
+        Self { weight, bias, window }
+    }
+
     /// `[batch, inputs, height, width]` to `[batch, outputs, …]`.
     ///
     /// # Errors

@@ -54,6 +54,15 @@ impl GroupNorm {
         self.run(x.copy()?, |v| v, Ok)
     }
 
+    /// The same in the memory of `x`, which must be the caller's own: whoever else holds a clone of
+    /// it sees the change.
+    ///
+    /// # Errors
+    /// Those of [`forward`](Self::forward).
+    pub fn in_place(&self, x: Tensor) -> Result<Tensor> {
+        self.run(x, |v| v, Ok)
+    }
+
     /// The same with SiLU behind it: `[batch, channels, …]` to the same shape.
     ///
     /// # Errors
@@ -62,8 +71,7 @@ impl GroupNorm {
         self.silu_in_place(x.copy()?)
     }
 
-    /// The same in the memory of `x`, which must be the caller's own: whoever else holds a clone of
-    /// it sees the change.
+    /// The same with SiLU behind it, [in place](Self::in_place).
     ///
     /// # Errors
     /// Those of [`forward`](Self::forward).
@@ -181,6 +189,7 @@ mod tests {
         let theirs = candle_nn::GroupNorm::new(w, b, 12, 3, 1e-6)?;
         let want = candle_nn::Module::forward(&theirs, &x)?;
         near(&ours.forward(&x)?, &want)?;
+        near(&ours.in_place(x.copy()?)?, &want)?;
         near(&ours.forward_silu(&x)?, &want.silu()?)?;
         near(
             &ours.silu_in_place(x.transpose(2, 3)?.contiguous()?)?,

@@ -8,6 +8,7 @@
 mod activation;
 mod attention;
 mod conv;
+mod conv3d;
 mod cpu;
 mod embed;
 mod feed_forward;
@@ -16,10 +17,12 @@ mod heads;
 mod modulation;
 mod norms;
 mod rope;
+mod spread;
 
 pub use activation::{Activation, join_gelu};
 pub use attention::{attention, causal_mask, chunk_rows};
 pub use conv::{Conv2d, Window, strip_rows};
+pub use conv3d::Conv3d;
 pub use embed::{Mlp, timestep_embedding};
 pub use feed_forward::FeedForward;
 pub use group_norm::GroupNorm;
@@ -27,3 +30,4 @@ pub use heads::{Heads, gated_add};
 pub use modulation::Modulation;
 pub use norms::{LayerNorm, RmsNorm, layer_norm_modulated};
 pub use rope::Rope;
+pub use spread::spread_affine_silu;

@@ -1,7 +1,10 @@
-//! Autoencoders: from pictures to latents and back.
+//! Autoencoders: from pictures and videos to latents and back.
 //!
 //! Decoder and encoder are separate models over one checkpoint, so that a run which only draws has
 //! no encoder in memory. Each is all stem: its activations are far larger than its weights.
 
+pub mod cogvideox;
+mod cogvideox_parts;
 pub mod kl;
 mod kl_parts;
+mod tiling;

@@ -23,7 +23,10 @@ use mmgp_models::{
         clip::{ClipConfig, ClipText, Projection},
         t5::{T5Config, T5Encoder},
     },
-    vae::kl::{KlConfig, KlDecoder, KlEncoder},
+    vae::{
+        cogvideox::{CogVideoXDecoder, CogVideoXVaeConfig},
+        kl::{KlConfig, KlDecoder, KlEncoder},
+    },
 };
 use mmgp_residency::{Budget, ModelBuilder};
 use serde_json::Value;
@@ -47,6 +50,7 @@ pub(crate) fn run(case: &Case) -> Result<Outcome, Error> {
         (_, "CogVideoXTransformer3DModel") => model(case, cogvideox),
         ("vae_decoder", "AutoencoderKL") => model(case, decoder),
         ("vae_encoder", "AutoencoderKL") => model(case, encoder),
+        ("vae_decoder", "AutoencoderKLCogVideoX") => model(case, cogvideox_decoder),
         (_, "FlowMatchEulerDiscreteScheduler") => scheduler(case),
         (_, "CogVideoXDDIMScheduler") => ddim(case),
         (_, "CogVideoXDPMScheduler") => dpm(case),
@@ -196,6 +200,13 @@ fn clip(case: &Case, builder: ModelBuilder, projection: Projection) -> Result<Fo
 fn decoder(case: &Case, builder: ModelBuilder) -> Result<Forward<'_>, Error> {
     let config = KlConfig::from_file(case.dir.join("config.json"))?;
     let model = KlDecoder::new(&config, builder)?;
+    all_used(model.unused())?;
+    Ok(Box::new(move || Ok(Outputs::from([("sample", model.decode(case.input("latents")?)?)]))))
+}
+
+fn cogvideox_decoder(case: &Case, builder: ModelBuilder) -> Result<Forward<'_>, Error> {
+    let config = CogVideoXVaeConfig::from_file(case.dir.join("config.json"))?;
+    let model = CogVideoXDecoder::new(&config, builder)?;
     all_used(model.unused())?;
     Ok(Box::new(move || Ok(Outputs::from([("sample", model.decode(case.input("latents")?)?)]))))
 }
