@@ -288,12 +288,12 @@ mod tests {
 
     #[test]
     fn an_odd_frame_joins_the_first_batch() {
-        let of = |frames| batches(frames).collect::<Vec<_>>();
-        assert_eq!(of(1), [0..1]);
-        assert_eq!(of(2), [0..2]);
-        assert_eq!(of(3), [0..3]);
-        assert_eq!(of(6), [0..2, 2..4, 4..6]);
-        assert_eq!(of(7), [0..3, 3..5, 5..7]);
+        let of = |frames| batches(frames).map(|r| (r.start, r.end)).collect::<Vec<_>>();
+        assert_eq!(of(1), [(0, 1)]);
+        assert_eq!(of(2), [(0, 2)]);
+        assert_eq!(of(3), [(0, 3)]);
+        assert_eq!(of(6), [(0, 2), (2, 4), (4, 6)]);
+        assert_eq!(of(7), [(0, 3), (3, 5), (5, 7)]);
         let config = CogVideoXVaeConfig::default();
         assert_eq!([1, 2, 3, 13].map(|n| config.frames(n)), [1, 8, 9, 49]);
     }
