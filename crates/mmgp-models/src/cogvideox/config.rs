@@ -73,7 +73,7 @@ pub struct CogVideoXConfig {
     /// Whether the patches' convolution has a bias.
     pub patch_bias: bool,
     #[serde(skip)]
-    file: PathBuf,
+    pub(super) file: PathBuf,
 }
 
 impl Default for CogVideoXConfig {

@@ -84,7 +84,7 @@ pub struct DiscreteConfig {
     /// What the signal-to-noise ratio of every timestep is divided by.
     pub snr_shift_scale: f64,
     #[serde(skip)]
-    file: PathBuf,
+    pub(super) file: PathBuf,
 }
 
 impl Default for DiscreteConfig {
