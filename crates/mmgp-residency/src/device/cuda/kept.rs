@@ -86,7 +86,9 @@ impl Keeper {
         // Each part is larger than the pages it may lose, and a page's end must not cut a value in two.
         let whole = |t: &ImageTensor| {
             let width = t.dtype.size_in_bytes() as u64;
-            let fits = |s: &Segment| s.source.len() >= PARTS && s.source.range().start % width == 0;
+            let fits = |s: &Segment| {
+                s.source.len() >= PARTS && s.source.range().start.is_multiple_of(width)
+            };
             t.segments.iter().all(fits)
         };
         let direct = |t: &&ImageTensor| t.bytes() >= LARGE && is_as_stored(t) && whole(t);
