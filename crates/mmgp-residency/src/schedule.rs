@@ -14,6 +14,7 @@
 //! do well; near it only a search over this recurrence does.
 
 use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
 
 /// Passes that are played before one is measured, so that the first copies do not count.
 const WARM: usize = 2;
@@ -38,7 +39,7 @@ const LINKS: std::ops::RangeInclusive<f64> = 1e3..=1e15;
 /// What a pass of a model costs, as measured ([`Pager::measured_costs`](crate::Pager::measured_costs)). It
 /// depends on the machine and on the shapes that the model computes on, and decides which plan is made, never a
 /// number of the result.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PassCosts {
     /// Seconds that each block computes, in order; the stem is not among them.
     pub blocks: Vec<f64>,

@@ -50,17 +50,6 @@ struct Copies {
     locked_share: Option<f64>,
 }
 
-/// [`PassCosts`] as a note says them.
-#[derive(Serialize, Deserialize)]
-struct Kept {
-    /// Seconds.
-    blocks: Vec<f64>,
-    /// Seconds.
-    outside: f64,
-    /// Bytes a second.
-    link: f64,
-}
-
 impl Times {
     /// Kept in `notes`, unless it is not known what the machine is.
     pub(crate) fn new(notes: Option<Notes>, machine: Option<String>, gpu: &GpuUse) -> Self {
@@ -88,8 +77,8 @@ impl Times {
                 continue;
             }
             let kept = self.notes.as_ref().zip(subject.as_ref());
-            let kept = kept.and_then(|(notes, subject)| notes.read::<_, Kept>(subject));
-            pager.expect_costs(model, kept.map(PassCosts::from));
+            let kept = kept.and_then(|(notes, subject)| notes.read::<_, PassCosts>(subject));
+            pager.expect_costs(model, kept);
             match subject {
                 Some(subject) => subjects.insert(model.into(), subject),
                 None => subjects.remove(model),
@@ -106,7 +95,7 @@ impl Times {
             if known.is_some_and(|known| !measured.differ(&known, SHARE)) {
                 continue;
             }
-            if let Err(why) = notes.write(subject, &Kept::from(measured)) {
+            if let Err(why) = notes.write(subject, &measured) {
                 tracing::info!("{model}: its times will be measured again: {why}");
             }
         }
@@ -144,17 +133,5 @@ impl Times {
             height,
             max_sequence_length,
         })
-    }
-}
-
-impl From<PassCosts> for Kept {
-    fn from(PassCosts { blocks, outside, link }: PassCosts) -> Self {
-        Self { blocks, outside, link }
-    }
-}
-
-impl From<Kept> for PassCosts {
-    fn from(Kept { blocks, outside, link }: Kept) -> Self {
-        Self { blocks, outside, link }
     }
 }
