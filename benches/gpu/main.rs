@@ -194,6 +194,9 @@ fn run(cli: &Cli) -> Result<bool> {
         results = Results { failed: Vec::new(), ..earlier };
     }
 
+    if !cli.resume {
+        results::forget_passes(&cli.out)?;
+    }
     let files = Files::new(cli.dir.as_deref(), &config)?;
     let late = || cli.minutes.is_some_and(|m| begun.elapsed().as_secs_f64() >= m * 60.);
     let all = requests.len();

@@ -3,7 +3,7 @@
 use std::{
     fmt::Write as _,
     fs,
-    io::Write as _,
+    io::{self, Write as _},
     path::Path,
     time::{SystemTime, UNIX_EPOCH},
 };
@@ -52,13 +52,30 @@ pub(crate) struct Failed {
     pub(crate) error: String,
 }
 
+/// What rows' schedules are made of, a line for each.
+const PASSES: &str = "gpu-passes.jsonl";
+
+/// Removes what an earlier run recorded.
+///
+/// # Errors
+/// A folder that cannot be written to.
+pub(crate) fn forget_passes(out: &Path) -> Result<()> {
+    let path = out.join(PASSES);
+    match fs::remove_file(&path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("{}", path.display()))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Appends what a row's schedule is made of to `gpu-passes.jsonl`, if it has one.
 ///
 /// # Errors
 /// A folder that cannot be written to.
 pub(crate) fn record(out: &Path, row: &Row) -> Result<()> {
     let Some(pass) = &row.pass else { return Ok(()) };
-    let path = out.join("gpu-passes.jsonl");
+    let path = out.join(PASSES);
     let line = serde_json::to_string(pass)? + "\n";
     let file = fs::File::options().create(true).append(true).open(&path);
     file.and_then(|mut file| file.write_all(line.as_bytes()))
@@ -226,7 +243,7 @@ fn date(day: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::row::tests::row;
+    use crate::row::{Pass, tests::row};
 
     #[test]
     fn days_have_their_dates() {
@@ -258,6 +275,29 @@ mod tests {
         fs::write(dir.path().join("gpu.json"), "{}").unwrap();
         let error = format!("{:#}", Results::read(dir.path()).unwrap_err());
         assert!(error.contains("gpu.json") && error.contains("date"), "{error}");
+    }
+
+    #[test]
+    fn passes_are_recorded_a_line_each_until_they_are_forgotten() -> Result<()> {
+        let dir = tempfile::tempdir()?;
+        let lines = || fs::read_to_string(dir.path().join(PASSES)).map(|text| text.lines().count());
+        forget_passes(dir.path())?;
+        let pass = Pass {
+            row: "a row".into(),
+            step_s: 0.4,
+            outside_s: 0.,
+            link: 5e10,
+            slots: 2,
+            blocks: vec![(1, 0.1, true)],
+        };
+        let row = Row { pass: Some(pass), ..row(Some(4.), 0.4) };
+        record(dir.path(), &row)?;
+        record(dir.path(), &row)?;
+        record(dir.path(), &Row { pass: None, ..row })?;
+        assert_eq!(lines()?, 2);
+        forget_passes(dir.path())?;
+        assert!(lines().is_err());
+        Ok(())
     }
 
     #[test]

@@ -35,6 +35,8 @@ fn every_budget_gives_the_same_file() {
         let run = mmgp(dir.path(), &args);
         assert_eq!(run.code, Some(0), "{budget}: {}", run.stderr);
         assert!(run.stderr.contains("transformer"), "no report: {}", run.stderr);
+        // No terminal, so a line for each step.
+        assert_eq!(run.stderr.matches(" of 3: ").count(), 3, "{}", run.stderr);
         let result = (run.latents().to_string(), fs::read(dir.path().join(out)).unwrap());
         assert_eq!(seen.get_or_insert_with(|| result.clone()), &result, "{budget}");
     }
