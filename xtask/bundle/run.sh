@@ -13,7 +13,7 @@
 #
 # shows what the command takes beside others: a pipeline of FLUX.1-dev's and T5-XXL's size, int8, 1024x1024, first
 # with all of the card, then under --vram-limit $LIMIT_GB (6) GB on a card that another process filled but for that
-# and the margin, while a third takes 2.5 GB for a while. Needs Python, 40 GB in $DIR and $STEPS (16) steps of about
+# and the margin, while a third takes 2.5 GB for a while. Needs Python, 51 GB in $DIR and $STEPS (16) steps of about
 # a second. Leaves memory.json in $OUT, and the samples that it was made of.
 set -uo pipefail
 
@@ -69,9 +69,12 @@ if [ "${1:-}" = --memory ]; then
     fi
     python3 "$here/vram.py" leave $((limit + 512000000)) >"$out/ballast.log" 2>&1 &
     ballast=$!
-    until grep -q left "$out/ballast.log"; do sleep 0.1; done
-    nvidia-smi --query-gpu=memory.used --format=csv,noheader,nounits -lms 20 |
-        while read -r mib; do echo "$(now) $mib"; done >"$out/card.txt" &
+    until grep -q left "$out/ballast.log"; do
+        kill -0 $ballast 2>/dev/null || { echo "no ballast"; cat "$out/ballast.log"; exit 1; }
+        sleep 0.1
+    done
+    nvidia-smi --query-gpu=memory.used --format=csv,noheader,nounits -lms 20 \
+        > >(while read -r mib; do echo "$(now) $mib"; done >"$out/card.txt") &
     sampler=$!
     sleep 1
     echo "beside others, within $limit bytes"
@@ -92,7 +95,7 @@ if [ "${1:-}" = --memory ]; then
     wait $run
     failed=$?
     now >>"$out/run.txt"
-    pkill -P $sampler; kill $sampler $ballast; pkill -f "nvidia-smi --query-gpu=memory.used"
+    kill $sampler $ballast
     [ $failed = 0 ] || { echo "the run failed"; tail -n 20 "$out/limited.log"; exit 1; }
     python3 "$here/memory.py" "$out" "$limit"
     exit $?
