@@ -1,0 +1,408 @@
+#!/usr/bin/env python3
+"""Makes tiny pipelines with random weights, as diffusers stores them, and records what diffusers makes of prompts.
+
+    pip install torch numpy diffusers==0.42.1 transformers==5.23.0 sentencepiece tokenizers protobuf
+    python make.py .             all of them, or those that are named: python make.py . cogvideox-2b
+
+Each folder is a pipeline that `from_pretrained` opens, plus
+
+- `case.json`: the arguments of each run, the token ids of its prompts, which frames are kept, what was measured;
+- `expected.safetensors`: for the run NAME
+
+  | tensor               | of                                                                          |
+  |----------------------|-----------------------------------------------------------------------------|
+  | `NAME.prompt_embeds` | the first rows of the text's states, negative prompt first where there is one |
+  | `NAME.noise`         | the latents before the first step                                           |
+  | `NAME.first`         | what the transformer returned in the first step                             |
+  | `NAME.latents`       | the latents after the last step (`output_type="latent"`)                    |
+  | `NAME.frames`        | the frames that `case.json` lists, height x width x 3, rounded to bytes     |
+  | `NAME.tiled`         | the same after `vae.enable_tiling()`, where the run has it                  |
+
+Weights are stored in the types of the real checkpoints, all arithmetic is float32 on the CPU. Sizes are as small as
+the models' own rules allow. `case.json` gives as `measured` how far the last latents move, relative to their norm,
+if each weight is off by 1e-6, and if the prompt, the negative prompt, the guidance or the seed is another.
+"""
+import copy
+import io
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+
+import diffusers
+import numpy
+import sentencepiece
+import torch
+import transformers
+from diffusers import (
+    AutoencoderKLCogVideoX,
+    CogVideoXDDIMScheduler,
+    CogVideoXDPMScheduler,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
+)
+from safetensors.torch import save_file
+from transformers import AutoTokenizer, T5Config, T5EncoderModel
+
+PROMPT = "a red panda plays the guitar in a quiet forest"
+OTHER = "ships of glass drift above the sea at night"
+NEGATIVE = "blurry, darkest clouds, low quality"
+TEXTS = [
+    "the quick brown fox jumps over a lazy dog, isn't it? 0 1 2 3",
+    "a quiet guitar plays in the night, and the sea drifts above the dark glass of a ship",
+    "red ships and glass guitars, low clouds, a forest at night, playing pandas and drifting leaves",
+    "quality of light in a blurry photo, darker and lower than the quick fox that jumps and plays",
+]
+ROWS = 20
+PIECES = 64
+
+
+# Weights
+
+
+def randomize(model, seed, gains=()):
+    """Fills all parameters: matrices keep the scale of what they are given, norms stay near one, biases near zero.
+    `gains` are pairs of a part of a name and a factor."""
+    generator = torch.Generator().manual_seed(seed)
+    buffers = [(name, buffer) for name, buffer in model.named_buffers() if name.endswith("pos_embedding")]
+    with torch.no_grad():
+        for name, tensor in list(model.named_parameters()) + buffers:
+            values = torch.randn(tensor.shape, generator=generator)
+            if name.endswith("bias"):
+                values *= 0.1
+            elif tensor.dim() == 1:
+                values = 1 + 0.2 * values
+            elif "embed_tokens" not in name and "shared" not in name and "embedding" not in name.split(".")[-2]:
+                values /= math.sqrt(tensor[0].numel())
+            for part, gain in gains:
+                if part in name:
+                    values *= gain
+            tensor.copy_(values)
+    return model.eval()
+
+
+def spread(vae, channels):
+    """Scales the last convolution of a decoder so that few pixels leave the range -1 to 1."""
+    with torch.no_grad():
+        latents = torch.randn([1, channels, 3, 6, 6], generator=torch.Generator().manual_seed(1))
+        last = vae.decoder.conv_out.conv
+        for _ in range(2):
+            video = vae.decode(latents / vae.config.scaling_factor).sample
+            last.bias -= video.mean(dim=(0, 2, 3, 4))
+            last.weight *= 0.4 / video.std()
+            last.bias *= 0.4 / video.std()
+
+
+# Tokenizers
+
+
+def t5_tokenizer(folder):
+    """A unigram model with T5's special ids, and the small files that lie beside it; four of T5's
+    hundred extra ids."""
+    texts = [PROMPT, OTHER, NEGATIVE, *TEXTS]
+    data = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts * 2 + [word for text in texts for word in text.split()]),
+        model_writer=data,
+        vocab_size=PIECES,
+        model_type="unigram",
+        normalization_rule_name="identity",
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        num_threads=1,
+        minloglevel=2,
+    )
+    folder.mkdir(parents=True)
+    (folder / "spiece.model").write_bytes(data.getvalue())
+    extra = [f"<extra_id_{i}>" for i in range(4)]
+    ids = {"<pad>": 0, "</s>": 1, "<unk>": 2} | {token: PIECES + 3 - i for i, token in enumerate(extra)}
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    special = {"additional_special_tokens": extra, "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    write(folder / "added_tokens.json", {token: ids[token] for token in extra})
+    write(folder / "special_tokens_map.json", special)
+    write(
+        folder / "tokenizer_config.json",
+        {
+            "add_prefix_space": True,
+            "added_tokens_decoder": {str(i): {"content": t} | flags for t, i in sorted(ids.items(), key=lambda x: x[1])},
+            **special,
+            "clean_up_tokenization_spaces": True,
+            "extra_ids": 4,
+            "legacy": True,
+            "model_max_length": 226,
+            "sp_model_kwargs": {},
+            "tokenizer_class": "T5Tokenizer",
+        },
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    own = sentencepiece.SentencePieceProcessor(model_proto=data.getvalue())
+    for text in [PROMPT, OTHER, NEGATIVE, ""]:
+        assert tokenizer(text).input_ids == own.encode(text) + [1], text
+    assert len(tokenizer) == PIECES + 4, len(tokenizer)
+    return tokenizer
+
+
+# Folders and runs
+
+
+def write(path, value):
+    path.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def save(folder, pipeline, tokenizers, dtypes, shards=()):
+    """What `save_pretrained` of the whole pipeline writes, with the tokenizers' own files kept."""
+    for name, dtype in dtypes.items():
+        model = copy.deepcopy(getattr(pipeline, name)).to(dtype)
+        size = sum(t.numel() for t in model.state_dict().values()) * dtype.itemsize
+        model.save_pretrained(folder / name, max_shard_size=size * 2 // 3 if name in shards else "1GB")
+    pipeline.scheduler.save_pretrained(folder / "scheduler")
+    index = {"_class_name": type(pipeline).__name__, "_diffusers_version": diffusers.__version__}
+    for name, part in sorted(pipeline.components.items()):
+        module = type(part).__module__.split(".")[0]
+        index[name] = [module, tokenizers.get(name) or type(part).__name__]
+    write(folder / "model_index.json", index)
+
+
+class Runs:
+    """Runs a pipeline as it is stored, and gathers what a case has."""
+
+    def __init__(self, folder, kind, fps=8):
+        self.folder, self.kind, self.fps = folder, kind, fps
+        self.expected, self.runs = {}, []
+
+    def open(self):
+        pipe = self.kind.from_pretrained(self.folder, dtype=torch.float32)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def call(self, pipe, arguments, output_type="latent"):
+        arguments = dict(arguments)
+        generator = torch.Generator("cpu").manual_seed(arguments.pop("seed"))
+        return pipe(**arguments, generator=generator, output_type=output_type).frames
+
+    def run(self, name, arguments, frames, tiled=None, other=(), rows=ROWS):
+        """One run of the case. `other` are arguments, one at a time to be changed, that must make a difference."""
+        pipe = self.open()
+        seen, calls, noise = {}, [], []
+        draw = pipe.prepare_latents
+
+        def keep(*a, **k):
+            result = draw(*a, **k)
+            noise.append(result[0] if isinstance(result, tuple) else result)
+            return result
+
+        pipe.prepare_latents = keep
+        hook = pipe.transformer.register_forward_hook(
+            lambda module, inputs, named, result: calls.append((named, result[0].clone())), with_kwargs=True
+        )
+        latents = self.call(pipe, arguments)
+        hook.remove()
+        del pipe.prepare_latents
+        seen["prompt_embeds"] = calls[0][0]["encoder_hidden_states"][:, :rows]
+        seen["noise"], seen["first"], seen["latents"] = noise[0], calls[0][1], latents
+        whole = torch.from_numpy(self.call(pipe, arguments, "np")[0])
+        video = whole[frames]
+        seen["frames"] = (video * 255).round().to(torch.uint8)
+        measured = {"clamped": round(((video == 0) | (video == 1)).double().mean().item(), 3)}
+        if tiled is not None:
+            pipe.vae.enable_tiling()
+            tiles = torch.from_numpy(self.call(pipe, arguments, "np")[0])[tiled]
+            pipe.vae.disable_tiling()
+            seen["tiled"] = (tiles * 255).round().to(torch.uint8)
+            measured["tiling"] = far(tiles, whole[tiled])
+        for changed in other:
+            measured[changed] = far(self.call(pipe, arguments | self.changes(changed)), latents)
+            assert measured[changed] > 1e-2, (name, changed, measured)
+        generator = torch.Generator().manual_seed(9)
+        with torch.no_grad():
+            for part in [pipe.transformer] + [p for p in pipe.components.values() if hasattr(p, "shared")]:
+                for weight in part.parameters():
+                    weight *= 1 + 1e-6 * torch.randn(weight.shape, generator=generator)
+        measured["weights off by 1e-6"] = far(self.call(pipe, arguments), latents)
+        assert measured["weights off by 1e-6"] < 1e-5, measured
+        texts = {k: arguments[k] for k in ("prompt", "negative_prompt") if k in arguments}
+        self.runs.append(
+            {
+                "name": name,
+                "arguments": dict(arguments),
+                "token_ids": {k: pipe.tokenizer(v).input_ids for k, v in texts.items()},
+                "video": list(whole.shape),
+                "frames": frames,
+                "tiled": tiled,
+                "measured": {k: float(f"{v:.2e}") for k, v in measured.items()},
+            }
+        )
+        self.expected |= {f"{name}.{k}": v.contiguous() for k, v in seen.items()}
+        print(self.folder.name, json.dumps(self.runs[-1]["measured"]))
+        for key, value in seen.items():
+            print("  ", name, key, list(value.shape), f"mean {value.double().mean():.3f} std {value.double().std():.3f}")
+
+    def changes(self, name):
+        return {
+            name: {"prompt": OTHER, "negative_prompt": OTHER, "guidance_scale": 3.0, "seed": 1234, "use_dynamic_cfg": False}[
+                name
+            ]
+        }
+
+    def finish(self):
+        save_file(self.expected, self.folder / "expected.safetensors")
+        versions = {m.__name__: m.__version__ for m in (diffusers, transformers, torch, numpy)}
+        write(
+            self.folder / "case.json",
+            {
+                "pipeline": self.kind.__name__,
+                "versions": versions,
+                "arithmetic": "float32",
+                "fps": self.fps,
+                "tolerance_rel": 1e-3,
+                "runs": self.runs,
+            },
+        )
+        size = sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
+        print(self.folder.name, size, "bytes")
+
+
+def far(a, b):
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+# CogVideoX
+
+
+def t5(seed):
+    """T5 v1.1: a gated feed-forward, no tied head; rows of the table beyond the tokenizer's, as T5 has them."""
+    config = T5Config(
+        vocab_size=PIECES + 8,
+        d_model=18,
+        d_kv=6,
+        d_ff=26,
+        num_layers=2,
+        num_heads=3,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+        decoder_start_token_id=0,
+    )
+    return randomize(T5EncoderModel(config), seed, [("relative_attention_bias", 4.0), ("final_layer_norm", 2.0)])
+
+
+def cogvideox_transformer(seed, **config):
+    config = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "in_channels": 4,
+        "out_channels": 4,
+        "time_embed_dim": 12,
+        "text_embed_dim": 18,
+        "num_layers": 2,
+        "sample_frames": 9,
+        "max_text_seq_length": 226,
+    } | config
+    return randomize(CogVideoXTransformer3DModel(**config), seed)
+
+
+def cogvideox_vae(seed, channels, **config):
+    """Tiles are half the sample: 6 x 5 latents, whose sixth and fifth part are whole numbers."""
+    vae = AutoencoderKLCogVideoX(
+        block_out_channels=channels,
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+        down_block_types=("CogVideoXDownBlock3D",) * 4,
+        up_block_types=("CogVideoXUpBlock3D",) * 4,
+        sample_height=96,
+        sample_width=80,
+        **config,
+    )
+    randomize(vae, seed)
+    spread(vae, 4)
+    return vae
+
+
+SCHEDULE = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "timestep_spacing": "trailing",
+}
+
+
+def cogvideox_2b(folder):
+    """Positions of sines and cosines, DDIM."""
+    pipe = CogVideoXPipeline(
+        tokenizer=t5_tokenizer(folder / "tokenizer"),
+        text_encoder=t5(11),
+        vae=cogvideox_vae(12, (4, 4, 6, 6), scaling_factor=1.15258426),
+        transformer=cogvideox_transformer(
+            13, num_attention_heads=4, attention_head_dim=8, sample_height=6, sample_width=4
+        ),
+        scheduler=CogVideoXDDIMScheduler(**SCHEDULE, snr_shift_scale=3.0),
+    )
+    types = {"text_encoder": torch.float16, "transformer": torch.float16, "vae": torch.float16}
+    save(folder, pipe, {"tokenizer": "T5Tokenizer"}, types)
+    runs = Runs(folder, CogVideoXPipeline)
+    arguments = {"prompt": PROMPT, "seed": 42, "num_inference_steps": 4, "guidance_scale": 6.0, "num_frames": 9}
+    runs.run("sample", arguments, [0, 7], other=["prompt", "negative_prompt", "guidance_scale", "seed"])
+    # Of another size than the sample, odd in patches, and large enough to be tiled.
+    arguments |= {"height": 64, "width": 48, "num_frames": 13, "num_inference_steps": 3, "negative_prompt": NEGATIVE, "seed": 7}
+    runs.run("larger", arguments, [0, 9], tiled=[12], other=["prompt", "negative_prompt", "guidance_scale", "seed"])
+    runs.finish()
+
+
+def cogvideox_5b(folder):
+    """Rotary positions, DPM with its noise, guidance that follows the step."""
+    pipe = CogVideoXPipeline(
+        tokenizer=t5_tokenizer(folder / "tokenizer"),
+        text_encoder=t5(21),
+        vae=cogvideox_vae(22, (4, 4, 4, 4), scaling_factor=0.7),
+        transformer=cogvideox_transformer(
+            23, sample_height=6, sample_width=8, use_rotary_positional_embeddings=True
+        ),
+        scheduler=CogVideoXDPMScheduler(**SCHEDULE, snr_shift_scale=1.0),
+    )
+    types = {"text_encoder": torch.bfloat16, "transformer": torch.bfloat16, "vae": torch.bfloat16}
+    save(folder, pipe, {"tokenizer": "T5Tokenizer"}, types, shards=["transformer", "text_encoder"])
+    runs = Runs(folder, CogVideoXPipeline)
+    # The fifth power in this guidance is of numbers up to a hundred, of which a cosine is taken: with eight steps, a
+    # power of two, it is exact, so that the guidance is the same everywhere.
+    arguments = {
+        "prompt": PROMPT,
+        "negative_prompt": NEGATIVE,
+        "seed": 5,
+        "num_inference_steps": 8,
+        "guidance_scale": 6.0,
+        "use_dynamic_cfg": True,
+        "num_frames": 9,
+        "height": 48,
+        "width": 80,
+    }
+    changes = ["prompt", "negative_prompt", "guidance_scale", "seed", "use_dynamic_cfg"]
+    runs.run("dynamic", arguments, [0, 8], tiled=[5], other=changes)
+    # Taller than the sample, so that the grid of positions is cut on the other side.
+    arguments = {"prompt": PROMPT, "seed": 6, "num_inference_steps": 5, "guidance_scale": 6.0, "num_frames": 5}
+    runs.run("tall", arguments | {"height": 64, "width": 32}, [2], other=["prompt", "guidance_scale", "seed"])
+    runs.finish()
+
+
+CASES = {"cogvideox-2b": cogvideox_2b, "cogvideox-5b": cogvideox_5b}
+
+
+def main():
+    out, names = Path(sys.argv[1]), sys.argv[2:] or list(CASES)
+    torch.set_num_threads(1)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    for name in names:
+        shutil.rmtree(out / name, ignore_errors=True)
+        CASES[name](out / name)
+
+
+if __name__ == "__main__":
+    main()
