@@ -17,6 +17,13 @@ Each folder is a pipeline that `from_pretrained` opens, plus
   | `NAME.latents`       | the latents after the last step (`output_type="latent"`)                    |
   | `NAME.frames`        | the frames that `case.json` lists, height x width x 3, rounded to bytes     |
   | `NAME.tiled`         | the same after `vae.enable_tiling()`, where the run has it                  |
+  | `NAME.image_latents` | what is beside the noise where there is an image: its latents, then zeros   |
+  | `NAME.tiled_latents` | the last latents where there is an image, whose encoding is tiled too       |
+
+An image of a run lies beside `case.json`. One generator on the CPU, seeded with `seed`, gives in this order: where there
+is an image, the noise of its encoding (1 x channels x 1 x height x width); the latents before the first step, of the
+shape of `noise`; for CogVideoX's DPM in each step one draw of that shape, and a second one, used in place of the first, in
+all steps but the first and one that ends below timestep 0.
 
 Weights are stored in the types of the real checkpoints, all arithmetic is float32 on the CPU. Sizes are as small as
 the models' own rules allow. `case.json` gives as `measured` how far the last latents move, relative to their norm,
@@ -39,9 +46,11 @@ from diffusers import (
     AutoencoderKLCogVideoX,
     CogVideoXDDIMScheduler,
     CogVideoXDPMScheduler,
+    CogVideoXImageToVideoPipeline,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
 )
+from PIL import Image
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
@@ -69,7 +78,9 @@ def randomize(model, seed, gains=()):
     with torch.no_grad():
         for name, tensor in list(model.named_parameters()) + buffers:
             values = torch.randn(tensor.shape, generator=generator)
-            if name.endswith("bias"):
+            if name.endswith("pos_embedding"):
+                values *= 0.5
+            elif name.endswith("bias"):
                 values *= 0.1
             elif tensor.dim() == 1:
                 values = 1 + 0.2 * values
@@ -181,6 +192,8 @@ class Runs:
     def call(self, pipe, arguments, output_type="latent"):
         arguments = dict(arguments)
         generator = torch.Generator("cpu").manual_seed(arguments.pop("seed"))
+        if "image" in arguments:
+            arguments["image"] = Image.open(self.folder / arguments["image"])
         return pipe(**arguments, generator=generator, output_type=output_type).frames
 
     def run(self, name, arguments, frames, tiled=None, other=(), rows=ROWS):
@@ -191,7 +204,7 @@ class Runs:
 
         def keep(*a, **k):
             result = draw(*a, **k)
-            noise.append(result[0] if isinstance(result, tuple) else result)
+            noise.extend(result if isinstance(result, tuple) else [result])
             return result
 
         pipe.prepare_latents = keep
@@ -203,6 +216,8 @@ class Runs:
         del pipe.prepare_latents
         seen["prompt_embeds"] = calls[0][0]["encoder_hidden_states"][:, :rows]
         seen["noise"], seen["first"], seen["latents"] = noise[0], calls[0][1], latents
+        if len(noise) > 1:
+            seen["image_latents"] = noise[1]
         whole = torch.from_numpy(self.call(pipe, arguments, "np")[0])
         video = whole[frames]
         seen["frames"] = (video * 255).round().to(torch.uint8)
@@ -210,6 +225,8 @@ class Runs:
         if tiled is not None:
             pipe.vae.enable_tiling()
             tiles = torch.from_numpy(self.call(pipe, arguments, "np")[0])[tiled]
+            if "image" in arguments:
+                seen["tiled_latents"] = self.call(pipe, arguments)
             pipe.vae.disable_tiling()
             seen["tiled"] = (tiles * 255).round().to(torch.uint8)
             measured["tiling"] = far(tiles, whole[tiled])
@@ -241,11 +258,8 @@ class Runs:
             print("  ", name, key, list(value.shape), f"mean {value.double().mean():.3f} std {value.double().std():.3f}")
 
     def changes(self, name):
-        return {
-            name: {"prompt": OTHER, "negative_prompt": OTHER, "guidance_scale": 3.0, "seed": 1234, "use_dynamic_cfg": False}[
-                name
-            ]
-        }
+        values = {"prompt": OTHER, "negative_prompt": OTHER, "guidance_scale": 3.0, "seed": 1234}
+        return {name: (values | {"use_dynamic_cfg": False, "image": "other.png"})[name]}
 
     def finish(self):
         save_file(self.expected, self.folder / "expected.safetensors")
@@ -389,7 +403,52 @@ def cogvideox_5b(folder):
     runs.finish()
 
 
-CASES = {"cogvideox-2b": cogvideox_2b, "cogvideox-5b": cogvideox_5b}
+def picture(path, width, height, turn):
+    """Smooth colours, so that the file is small."""
+    y, x = torch.meshgrid(torch.linspace(0, 3, height), torch.linspace(0, 4, width), indexing="ij")
+    colours = [torch.sin(x + turn), torch.cos(x * y / 2 + turn), torch.sin(y - 2 * x)]
+    pixels = (torch.stack(colours, dim=2) * 120 + 128).to(torch.uint8)
+    Image.fromarray(pixels.numpy()).save(path, optimize=True)
+
+
+def cogvideox_5b_i2v(folder):
+    """An image for the first frame; learned positions on top of the rotary ones, so that the size is the sample's."""
+    pipe = CogVideoXImageToVideoPipeline(
+        tokenizer=t5_tokenizer(folder / "tokenizer"),
+        text_encoder=t5(31),
+        vae=cogvideox_vae(32, (2, 4, 4, 4), scaling_factor=0.7),
+        transformer=cogvideox_transformer(
+            33,
+            in_channels=8,
+            sample_height=4,
+            sample_width=6,
+            use_rotary_positional_embeddings=True,
+            use_learned_positional_embeddings=True,
+        ),
+        scheduler=CogVideoXDPMScheduler(**SCHEDULE, snr_shift_scale=1.0),
+    )
+    types = {"text_encoder": torch.bfloat16, "transformer": torch.bfloat16, "vae": torch.bfloat16}
+    save(folder, pipe, {"tokenizer": "T5Tokenizer"}, types)
+    runs = Runs(folder, CogVideoXImageToVideoPipeline)
+    picture(folder / "image.png", 48, 32, 0)
+    picture(folder / "other.png", 48, 32, 2)
+    arguments = {
+        "image": "image.png",
+        "prompt": PROMPT,
+        "seed": 3,
+        "num_inference_steps": 4,
+        "guidance_scale": 6.0,
+        "num_frames": 9,
+        "height": 32,
+        "width": 48,
+    }
+    changes = ["image", "prompt", "negative_prompt", "guidance_scale", "seed"]
+    runs.run("image", arguments, [0, 6], tiled=[0, 3], other=changes)
+    (folder / "other.png").unlink()
+    runs.finish()
+
+
+CASES = {"cogvideox-2b": cogvideox_2b, "cogvideox-5b": cogvideox_5b, "cogvideox-5b-i2v": cogvideox_5b_i2v}
 
 
 def main():
