@@ -301,11 +301,14 @@ pub fn write_json(path: impl AsRef<Path>, value: &impl serde::Serialize) -> Resu
     Sealed::from_bytes(path, &text, Overwrite::Yes)?.publish()
 }
 
-/// What the disk that holds the folder `path` has free for this user, and has in all, in bytes; `None` if it does not say.
+/// What the disk that holds the folder `path` has free for this user, and what it has for users in all (what is
+/// used and what is free; not what is set aside from both), in bytes; `None` if it does not say.
 pub fn disk_space(path: impl AsRef<Path>) -> Option<(u64, u64)> {
     let stat = rustix::fs::statvfs(path.as_ref()).ok()?;
     let bytes = |blocks: u64| blocks.saturating_mul(stat.f_frsize);
-    Some((bytes(stat.f_bavail), bytes(stat.f_blocks)))
+    let used = bytes(stat.f_blocks.saturating_sub(stat.f_bfree));
+    let free = bytes(stat.f_bavail);
+    Some((free, used.saturating_add(free)))
 }
 
 /// Whether the disk has room for `needed` bytes beside `path`; a file system that does not say has.

@@ -34,6 +34,17 @@ pub enum Error {
     /// Inputs that do not fit the model or each other.
     #[error("{0}")]
     Input(String),
+    /// Frames could not wait on the disk.
+    #[error(
+        "{}: frames cannot be kept here while they are decoded: {source}; set TMPDIR to a folder with room",
+        folder.display()
+    )]
+    Spool {
+        /// The folder of the temporary file.
+        folder: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
     /// A file that cannot be read or trusted.
     #[error(transparent)]
     Io(#[from] mmgp_io::Error),

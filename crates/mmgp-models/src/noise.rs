@@ -8,19 +8,54 @@
 /// `torch.randn(len, generator=torch.Generator("cpu").manual_seed(seed))` gives them, to the last
 /// bits of an f32. torch reads the low 32 bits of the seed.
 pub fn torch_normal(seed: u64, len: usize) -> Vec<f32> {
-    let mut engine = Mt19937::new(seed as u32);
-    if len < 16 {
-        return one_by_one(&mut engine, len);
+    TorchGenerator::new(seed).normal(len)
+}
+
+/// A `torch.Generator("cpu")`, for pipelines that draw more than once.
+pub struct TorchGenerator {
+    engine: Mt19937,
+    /// The second value of a pair of which one was drawn.
+    spare: Option<f64>,
+}
+
+impl TorchGenerator {
+    /// The state after `manual_seed(seed)`, of which torch reads the low 32 bits.
+    pub fn new(seed: u64) -> Self {
+        Self { engine: Mt19937::new(seed as u32), spare: None }
     }
-    let mut uniform = || (engine.next() & 0x00ff_ffff) as f32 / (1 << 24) as f32;
-    let mut values: Vec<f32> = (0..len).map(|_| uniform()).collect();
-    values.chunks_exact_mut(16).for_each(box_muller);
-    if !len.is_multiple_of(16) {
-        let last = &mut values[len - 16..];
-        last.fill_with(uniform);
-        box_muller(last);
+
+    /// The next `torch.randn(len)` in f32.
+    pub fn normal(&mut self, len: usize) -> Vec<f32> {
+        if len < 16 {
+            return (0..len).map(|_| self.one() as f32).collect();
+        }
+        let engine = &mut self.engine;
+        let mut uniform = || (engine.next() & 0x00ff_ffff) as f32 / (1 << 24) as f32;
+        let mut values: Vec<f32> = (0..len).map(|_| uniform()).collect();
+        values.chunks_exact_mut(16).for_each(box_muller);
+        if !len.is_multiple_of(16) {
+            let last = &mut values[len - 16..];
+            last.fill_with(uniform);
+            box_muller(last);
+        }
+        values
     }
-    values
+
+    fn one(&mut self) -> f64 {
+        if let Some(spare) = self.spare.take() {
+            return spare;
+        }
+        let mut uniform = || {
+            let high = u64::from(self.engine.next());
+            let bits = high << 32 | u64::from(self.engine.next());
+            (bits & ((1 << 53) - 1)) as f64 / (1u64 << 53) as f64
+        };
+        let (angle, radius) = (uniform(), uniform());
+        let radius = (-2. * (-radius).ln_1p()).sqrt();
+        let (sin, cos) = (std::f64::consts::TAU * angle).sin_cos();
+        self.spare = Some(radius * sin);
+        radius * cos
+    }
 }
 
 /// Turns 16 uniform numbers into 16 normal ones: the first half gives radii, the second angles.
@@ -31,23 +66,6 @@ fn box_muller(values: &mut [f32]) {
         let (sin, cos) = (std::f64::consts::TAU * f64::from(*b)).sin_cos();
         (*a, *b) = ((radius * cos) as f32, (radius * sin) as f32);
     }
-}
-
-fn one_by_one(engine: &mut Mt19937, len: usize) -> Vec<f32> {
-    let mut uniform = || {
-        let high = u64::from(engine.next());
-        let bits = high << 32 | u64::from(engine.next());
-        (bits & ((1 << 53) - 1)) as f64 / (1u64 << 53) as f64
-    };
-    let mut values = Vec::with_capacity(len + 1);
-    while values.len() < len {
-        let (angle, radius) = (uniform(), uniform());
-        let radius = (-2. * (-radius).ln_1p()).sqrt();
-        let (sin, cos) = (std::f64::consts::TAU * angle).sin_cos();
-        values.extend([(radius * cos) as f32, (radius * sin) as f32]);
-    }
-    values.truncate(len);
-    values
 }
 
 /// The Mersenne Twister of Matsumoto and Nishimura (1998).
@@ -108,6 +126,16 @@ mod tests {
         near(&torch_normal(42, 6), &[0.3367, 0.1288, 0.2345, 0.2303, -1.1229, -0.1863]);
         near(&torch_normal(42, 16), &[1.9269, 1.4873, 0.9007, -2.1055]);
         assert_eq!(torch_normal(42 + (1 << 32), 20), torch_normal(42, 20));
+    }
+
+    #[test]
+    fn a_generator_goes_on_where_it_was() {
+        let mut generator = TorchGenerator::new(42);
+        let pieces = [generator.normal(3), generator.normal(1), generator.normal(2)].concat();
+        assert_eq!(pieces, torch_normal(42, 6));
+        let mut generator = TorchGenerator::new(42);
+        let pieces = [generator.normal(16), generator.normal(32)].concat();
+        assert_eq!(pieces, torch_normal(42, 48));
     }
 
     #[test]

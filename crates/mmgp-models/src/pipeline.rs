@@ -1,20 +1,25 @@
-//! What every text-to-picture pipeline offers, whatever its family.
+//! What every pipeline that draws pictures or videos offers, whatever its family.
 //!
 //! A pipeline is opened over a pager: its models are placeholders then, and a plan can be made and
 //! shown before anything is read. Everything that changes numbers is in the [`Request`] and the
-//! [`Recipe`]; nothing that the plan decides is.
+//! [`Recipe`]; nothing that the plan decides is. Denoising ends in [`Latents`], which can be kept;
+//! decoding makes frames of them, one after another, so that a long video is never whole in memory.
 
 use std::{
     path::{Path, PathBuf},
     sync::Arc,
 };
 
+use candle_core::{DType, Device, Tensor};
 use mmgp_io::Checkpoint;
 use mmgp_quant::QuantPolicy;
 use mmgp_residency::{Digest, ModelBuilder, Pager};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
-use crate::{Error, Result};
+use crate::{Error, Result, config::Check};
+
+/// The largest side of a picture, a bound against slips of the keyboard.
+const LARGEST: usize = 16_384;
 
 /// How a pipeline's weights are taken.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -79,10 +84,15 @@ impl OpenOptions {
 }
 
 /// What is to be drawn.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Request {
     /// The prompt.
     pub prompt: String,
+    /// What to keep away from; only for pipelines that guide by a second pass.
+    pub negative: String,
+    /// The picture that a video begins with, for pipelines that take one.
+    #[serde(skip)]
+    pub image: Option<Picture>,
     /// Seed of the noise, as torch's CPU generator takes it.
     pub seed: u64,
     /// Denoising steps.
@@ -91,10 +101,39 @@ pub struct Request {
     pub width: usize,
     /// In pixels.
     pub height: usize,
-    /// Guidance scale; models without a guidance embedding ignore it.
+    /// 1 is a picture.
+    pub frames: usize,
+    /// Guidance scale; models without a guidance embedding or a second pass ignore it.
     pub guidance: f64,
+    /// How the guidance scale goes over the run.
+    pub guidance_schedule: GuidanceSchedule,
     /// Tokens that the long text encoder sees; shorter prompts are padded to it.
     pub max_sequence_length: usize,
+    /// Whether frames are decoded in tiles.
+    pub tiles: Tiles,
+}
+
+/// How the guidance scale goes over a run.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum GuidanceSchedule {
+    /// The same at every step.
+    #[default]
+    Constant,
+    /// As the family's reference changes it.
+    Dynamic,
+}
+
+/// Whether the VAE of a video decodes frames in tiles that overlap, as the family's reference cuts
+/// them. Tiles need less memory and change pixels a little, so they are a part of the recipe.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Tiles {
+    /// Where a frame is larger than a tile.
+    #[default]
+    On,
+    /// Never.
+    Off,
 }
 
 /// What a pipeline takes where the user says nothing.
@@ -104,12 +143,18 @@ pub struct Defaults {
     pub steps: usize,
     /// Guidance scale.
     pub guidance: f64,
+    /// How it goes over the run.
+    pub guidance_schedule: GuidanceSchedule,
     /// Tokens of the long text encoder.
     pub max_sequence_length: usize,
     /// In pixels.
     pub width: usize,
     /// In pixels.
     pub height: usize,
+    /// 1 for pipelines that draw pictures.
+    pub frames: usize,
+    /// Frames a second of a video that is written.
+    pub fps: f64,
     /// The memory budget as the command takes it, if the pipeline's folder names one.
     pub budget: Option<String>,
 }
@@ -119,12 +164,17 @@ impl Defaults {
     pub fn request(&self, prompt: &str) -> Request {
         Request {
             prompt: prompt.to_string(),
+            negative: String::new(),
+            image: None,
             seed: 42,
             steps: self.steps,
             width: self.width,
             height: self.height,
+            frames: self.frames,
             guidance: self.guidance,
+            guidance_schedule: self.guidance_schedule,
             max_sequence_length: self.max_sequence_length,
+            tiles: Tiles::On,
         }
     }
 
@@ -138,19 +188,18 @@ impl Defaults {
             return Ok(self);
         }
         let own: GenerateFile = mmgp_io::read_json(&file)?;
-        if own.steps == Some(0) {
-            return Err(Error::Config {
-                file,
-                key: "steps".into(),
-                expected: "at least 1".into(),
-                found: "0".into(),
-            });
-        }
+        let check = Check::new(&file);
+        check.that(own.steps != Some(0), "steps", "at least 1", 0)?;
+        check.that(own.frames != Some(0), "frames", "at least 1", 0)?;
+        check.positive("fps", own.fps.unwrap_or(self.fps))?;
         self.steps = own.steps.unwrap_or(self.steps);
         self.guidance = own.guidance.unwrap_or(self.guidance);
+        self.guidance_schedule = own.guidance_schedule.unwrap_or(self.guidance_schedule);
         self.max_sequence_length = own.max_sequence_length.unwrap_or(self.max_sequence_length);
         self.width = own.width.unwrap_or(self.width);
         self.height = own.height.unwrap_or(self.height);
+        self.frames = own.frames.unwrap_or(self.frames);
+        self.fps = own.fps.unwrap_or(self.fps);
         self.budget = own.budget.or(self.budget);
         Ok(self)
     }
@@ -162,9 +211,12 @@ impl Defaults {
 struct GenerateFile {
     steps: Option<usize>,
     guidance: Option<f64>,
+    guidance_schedule: Option<GuidanceSchedule>,
     max_sequence_length: Option<usize>,
     width: Option<usize>,
     height: Option<usize>,
+    frames: Option<usize>,
+    fps: Option<f64>,
     budget: Option<String>,
 }
 
@@ -206,7 +258,7 @@ pub struct PipelinePart {
     pub stem: &'static str,
 }
 
-/// A picture and the latents it was decoded from.
+/// A picture, or a frame of a video.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Picture {
     /// In pixels.
@@ -215,11 +267,46 @@ pub struct Picture {
     pub height: usize,
     /// Rows of RGB, 8 bits each.
     pub rgb: Vec<u8>,
-    /// The final latents in f32, as the denoiser leaves them.
-    pub latents: Vec<f32>,
 }
 
-/// A pipeline that draws pictures from prompts.
+/// What denoising ends in.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Latents {
+    /// As the family's transformer has them.
+    pub shape: Vec<usize>,
+    /// In f32, the last dimension innermost.
+    pub values: Vec<f32>,
+}
+
+impl Latents {
+    pub(crate) fn of(tensor: &Tensor) -> Result<Self> {
+        let values = tensor.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?;
+        Ok(Self { shape: tensor.dims().to_vec(), values })
+    }
+
+    /// The tensor on `device`, whose shape must be `expected`.
+    pub(crate) fn tensor(&self, expected: &[usize], device: &Device) -> Result<Tensor> {
+        if self.shape != expected || self.values.len() != expected.iter().product::<usize>() {
+            return Err(Error::Input(format!(
+                "latents of shape {:?} ({} values): a request of this size has {expected:?}",
+                self.shape,
+                self.values.len()
+            )));
+        }
+        Ok(Tensor::from_slice(&self.values, expected, device)?)
+    }
+}
+
+/// A whole run in memory.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Output {
+    /// What denoising ended in.
+    pub latents: Latents,
+    /// One for a picture.
+    pub frames: Vec<Picture>,
+}
+
+/// A pipeline that draws pictures or videos from prompts.
 pub trait Pipeline {
     /// Its class, such as `FluxPipeline`.
     fn class(&self) -> &str;
@@ -246,10 +333,178 @@ pub trait Pipeline {
     /// did, such as an adapter of a text encoder.
     fn forget_prompts(&mut self);
 
-    /// Draws. Prompt embeddings are kept, so that the next picture of the same prompt needs no
-    /// encoder.
+    /// From prompt and noise to latents. Prompt embeddings are kept, so that the next picture of the
+    /// same prompt needs no encoder.
     ///
     /// # Errors
     /// Those of [`check`](Self::check); files that cannot be read; cancellation.
-    fn generate(&mut self, request: &Request, tell: &mut dyn FnMut(Event)) -> Result<Picture>;
+    fn denoise(&mut self, request: &Request, tell: &mut dyn FnMut(Event)) -> Result<Latents>;
+
+    /// From the latents that [`denoise`](Self::denoise) made of the same request to frames, which
+    /// `each` is given in order.
+    ///
+    /// # Errors
+    /// Latents of another size; those of `denoise` and of `each`.
+    fn decode(
+        &mut self,
+        request: &Request,
+        latents: &Latents,
+        tell: &mut dyn FnMut(Event),
+        each: &mut dyn FnMut(Picture) -> Result<()>,
+    ) -> Result<()>;
+
+    /// Both, with all frames in memory.
+    ///
+    /// # Errors
+    /// Those of both.
+    fn generate(&mut self, request: &Request, tell: &mut dyn FnMut(Event)) -> Result<Output> {
+        let latents = self.denoise(request, tell)?;
+        let mut frames = Vec::new();
+        self.decode(request, &latents, tell, &mut |frame| {
+            frames.push(frame);
+            Ok(())
+        })?;
+        Ok(Output { latents, frames })
+    }
+}
+
+/// Checks that `request` is for one picture from a prompt alone.
+pub(crate) fn check_picture(request: &Request, class: &str) -> Result<()> {
+    let wrong = |what: String| Err(Error::Input(what));
+    if request.frames != 1 {
+        return wrong(format!("frames {}: {class} draws pictures, of 1 frame", request.frames));
+    }
+    if !request.negative.is_empty() {
+        return wrong(format!("{class} takes no negative prompt"));
+    }
+    if request.image.is_some() {
+        return wrong(format!("{class} begins with noise and takes no picture"));
+    }
+    if request.guidance_schedule != GuidanceSchedule::Constant {
+        return wrong(format!("{class} has no dynamic guidance"));
+    }
+    if request.tiles == Tiles::Off {
+        return wrong(format!("{class} decodes without tiles, there are none to leave out"));
+    }
+    Ok(())
+}
+
+/// Checks that `pixels` of the side `name` are whole patches.
+pub(crate) fn check_side(name: &str, pixels: usize, patch: usize) -> Result<()> {
+    if pixels == 0 || pixels > LARGEST || !pixels.is_multiple_of(patch) {
+        let near = (pixels.clamp(patch, LARGEST) / patch) * patch;
+        return Err(Error::Input(format!(
+            "{name} {pixels}: expected a multiple of {patch} from {patch} to {LARGEST} (the nearest \
+             below is {near})"
+        )));
+    }
+    Ok(())
+}
+
+/// Checks what means the same to all pipelines: steps, guidance, and tokens up to `longest`.
+pub(crate) fn check_numbers(request: &Request, longest: usize) -> Result<()> {
+    if request.steps == 0 {
+        return Err(Error::Input("steps 0: expected at least 1".into()));
+    }
+    let tokens = request.max_sequence_length;
+    if !(2..=longest).contains(&tokens) {
+        return Err(Error::Input(format!(
+            "max_sequence_length {tokens}: expected 2 to {longest} tokens"
+        )));
+    }
+    if !request.guidance.is_finite() {
+        return Err(Error::Input(format!("guidance {}: expected a number", request.guidance)));
+    }
+    Ok(())
+}
+
+/// What decides the numbers of products: how weights are stored and multiplied, on which device.
+pub(crate) fn weights_recipe(options: &OpenOptions, device: &Device, compute: DType) -> Recipe {
+    let models = options.quantize.join(" and ");
+    let except = match options.exclude.join(" ") {
+        patterns if patterns.is_empty() => String::new(),
+        patterns => format!(" but {patterns}"),
+    };
+    let products = match compute {
+        DType::F32 => "f32".to_string(),
+        half => format!("{half:?}").to_lowercase(),
+    };
+    let weights = match (models.as_str(), device.is_cpu()) {
+        ("", _) => format!("as stored, products in {products}"),
+        (models, true) => format!("int8 in {models}{except}, code times scale in f32"),
+        (models, false) => {
+            format!("int8 in {models}{except}, expanded to {products} before each product")
+        }
+    };
+    let mut recipe = vec![("weights", weights)];
+    if !device.is_cpu() {
+        recipe.push(("device", "CUDA".to_string()));
+    }
+    recipe
+}
+
+/// Checks that a picture is whole and of the request's size.
+pub(crate) fn check_image(image: &Picture, request: &Request) -> Result<()> {
+    let (width, height) = (request.width, request.height);
+    match (image.width, image.height) == (width, height) && image.rgb.len() == 3 * width * height {
+        true => Ok(()),
+        false => Err(Error::Input(format!(
+            "a picture of {}x{} ({} bytes): expected one of {width}x{height}, as the video",
+            image.width,
+            image.height,
+            image.rgb.len()
+        ))),
+    }
+}
+
+/// A picture as `[1, 3, height, width]` of -1..1, f32.
+pub(crate) fn to_tensor(picture: &Picture, device: &Device) -> Result<Tensor> {
+    let shape = (picture.height, picture.width, 3);
+    let bytes = Tensor::from_slice(&picture.rgb, shape, device)?.to_dtype(DType::F32)?;
+    let values = (((bytes / 255.)? * 2.)? - 1.)?;
+    Ok(values.permute((2, 0, 1))?.unsqueeze(0)?.contiguous()?)
+}
+
+/// Decoded frames `[1, 3, frames, height, width]` of about -1..1, as pictures.
+pub(crate) fn pictures(decoded: &Tensor) -> Result<Vec<Picture>> {
+    let (_, _, frames, height, width) = decoded.dims5()?;
+    let decoded = decoded.to_dtype(DType::F32)?.to_device(&Device::Cpu)?.squeeze(0)?;
+    let byte = |v: f32| ((v / 2. + 0.5).clamp(0., 1.) * 255.).round_ties_even() as u8;
+    let mut pictures = Vec::with_capacity(frames);
+    for at in 0..frames {
+        let planes = decoded.narrow(1, at, 1)?.flatten_from(1)?.to_vec2::<f32>()?;
+        let pixel = |i: usize| planes.iter().map(move |plane| byte(plane[i]));
+        let rgb = (0..height * width).flat_map(pixel).collect();
+        pictures.push(Picture { width, height, rgb });
+    }
+    Ok(pictures)
+}
+
+/// The results of the last few prompts.
+#[derive(Debug)]
+pub(crate) struct Kept<K, V>(Vec<(K, V)>);
+
+impl<K, V> Default for Kept<K, V> {
+    fn default() -> Self {
+        Self(Vec::new())
+    }
+}
+
+impl<K: PartialEq, V: Clone> Kept<K, V> {
+    const MOST: usize = 8;
+
+    pub(crate) fn get(&self, key: &K) -> Option<V> {
+        self.0.iter().find(|(kept, _)| kept == key).map(|(_, value)| value.clone())
+    }
+
+    pub(crate) fn put(&mut self, key: K, value: V) {
+        if self.0.len() == Self::MOST {
+            self.0.remove(0);
+        }
+        self.0.push((key, value));
+    }
+
+    pub(crate) fn clear(&mut self) {
+        self.0.clear();
+    }
 }

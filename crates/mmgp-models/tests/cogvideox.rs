@@ -9,7 +9,10 @@ use std::{
 
 use candle_core::{DType, Device, Tensor};
 use mmgp_io::Checkpoint;
-use mmgp_models::cogvideox::{CogVideoXConfig, CogVideoXInputs, CogVideoXTransformer, positions};
+use mmgp_models::{
+    cogvideox::{CogVideoXConfig, CogVideoXInputs, CogVideoXTransformer, positions},
+    nn::Samples,
+};
 use mmgp_residency::{Budget, ModelBuilder, Pager};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
@@ -59,6 +62,39 @@ fn far(a: &Tensor, b: &Tensor) -> Result<f32> {
     assert_eq!(a.dims(), b.dims());
     let largest = b.abs()?.max_all()?.to_scalar::<f32>()?;
     Ok((a - b)?.abs()?.max_all()?.to_scalar::<f32>()? / largest)
+}
+
+#[test]
+fn samples_apart_are_batches_of_one() -> Result<()> {
+    let (tensors, io, config) = rotary()?;
+    let model = model(&tensors, &config)?;
+    let positions = positions::scaled(3, [2, 3], [0., 0.], [5., 6.], &Device::Cpu)?;
+    let call = |range: Option<usize>, samples: Samples| -> Result<Tensor> {
+        let of = |name: &str| -> Result<Tensor> {
+            Ok(match range {
+                Some(i) => io[name].narrow(0, i, 1)?,
+                None => io[name].clone(),
+            })
+        };
+        let inputs = CogVideoXInputs {
+            hidden_states: &of("in.hidden_states")?,
+            encoder_hidden_states: &of("in.encoder_hidden_states")?,
+            timestep: &of("in.timestep")?,
+            image_positions: Some(&positions),
+            ofs: None,
+        };
+        Ok(model.forward_samples(&inputs, samples)?)
+    };
+    let bits = |t: &Tensor| -> Result<Vec<u32>> {
+        Ok(t.flatten_all()?.to_vec1::<f32>()?.into_iter().map(f32::to_bits).collect())
+    };
+    let apart = call(None, Samples::Apart)?;
+    assert!(far(&apart, &call(None, Samples::Together)?)? < 1e-5);
+    for i in 0..2 {
+        let alone = call(Some(i), Samples::Together)?;
+        assert_eq!(bits(&apart.narrow(0, i, 1)?)?, bits(&alone)?);
+    }
+    Ok(())
 }
 
 #[test]

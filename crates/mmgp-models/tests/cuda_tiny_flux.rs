@@ -39,8 +39,8 @@ fn the_pipeline_draws_the_same_under_every_budget_and_what_diffusers_draws() {
                 let mut pipeline = open_pipeline(&assets("tiny-flux"), &pager, &options).unwrap();
                 pager.plan(budget).unwrap();
                 let request = pipeline.defaults().request(prompt);
-                let picture = pipeline.generate(&request, &mut |_| ()).unwrap();
-                let got = (picture.latents, picture.rgb);
+                let output = pipeline.generate(&request, &mut |_| ()).unwrap();
+                let got = (output.latents.values, output.frames[0].rgb.clone());
                 let same = seen.get_or_insert_with(|| got.clone());
                 assert!(*same == got, "{what}, {prompt}, {budget}: other bits");
             }

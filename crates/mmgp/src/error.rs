@@ -17,6 +17,22 @@ pub enum Error {
         /// Why.
         source: io::Error,
     },
+    /// A file that holds no picture.
+    #[error("{}: no picture that can be read: {why}", path.display())]
+    Picture {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        why: String,
+    },
+    /// A file that holds no latents to decode.
+    #[error("{}: {why}", path.display())]
+    Latents {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        why: String,
+    },
     /// A file that cannot be read or trusted.
     #[error(transparent)]
     Io(#[from] mmgp_io::Error),

@@ -11,8 +11,8 @@
 //! let mut pipeline = offload.pipeline("assets/tiny-flux")?;
 //! println!("{}", offload.plan()?); // made from headers alone, nothing is loaded yet
 //! let request = pipeline.defaults().request("red heart");
-//! let picture = offload.generate(&mut *pipeline, &request, &mut |_| ())?;
-//! mmgp::write_png("red-heart.png".as_ref(), &picture, &[])?;
+//! let drawn = offload.generate(&mut *pipeline, &request, &mut |_| ())?;
+//! mmgp::write_png("red-heart.png".as_ref(), &drawn.frames[0], &[])?;
 //! println!("{}", offload.report());
 //! # Ok(())
 //! # }
@@ -39,6 +39,8 @@
 mod convert;
 mod device;
 mod error;
+mod image;
+mod latents;
 mod notes;
 mod offload;
 mod picture;
@@ -50,9 +52,13 @@ mod times;
 pub use convert::Converted;
 pub use device::DeviceChoice;
 pub use error::{Error, Result};
+pub use image::read_picture;
+pub use latents::{About, Denoised};
 pub use mmgp_io::Overwrite;
 pub use mmgp_lora::{AdapterArg, Skipped, StepWeights, Unfit};
-pub use mmgp_models::{Defaults, Event, Picture, Pipeline, Recipe, Request};
+pub use mmgp_models::{
+    Defaults, Event, GuidanceSchedule, Latents, Output, Picture, Pipeline, Recipe, Request, Tiles,
+};
 pub use mmgp_profiles::{Amounts, Hardware, Models, Profile, Settings, Switch};
 pub use mmgp_residency::{Budget, Budgets, Bytes, Plan, Report, process_peak};
 pub use offload::{Module, Offload, OffloadBuilder};

@@ -11,7 +11,8 @@ use candle_nn::VarBuilder;
 use mmgp_io::{Checkpoint, Overwrite};
 use mmgp_lora::{Adapter, AdapterArg, AdapterSet, Skipped, StepWeights, Steps, Unfit};
 use mmgp_models::{
-    Event, ModelIndex, OpenOptions, Picture, Pipeline, Replaced, Request, open_pipeline,
+    Event, Latents, ModelIndex, OpenOptions, Output, Picture, Pipeline, Replaced, Request,
+    open_pipeline,
 };
 use mmgp_profiles::{Profile, Settings, Switch};
 use mmgp_residency::{
@@ -322,18 +323,36 @@ impl Offload {
         Ok(())
     }
 
-    /// Draws with `pipeline`, the LoRAs at their weights for each step. With a [store](OffloadBuilder::store),
-    /// what passes cost is then kept in it, if it has no note on that or one that is off by more than 10 %; a note
-    /// that cannot be written is logged.
+    /// Draws with `pipeline`: [`denoise`](Self::denoise) and [`decode`](Self::decode), with all frames in
+    /// memory.
     ///
     /// # Errors
-    /// Those of [`Pipeline::generate`].
+    /// Those of both.
     pub fn generate(
         &self,
         pipeline: &mut dyn Pipeline,
         request: &Request,
         tell: &mut dyn FnMut(Event),
-    ) -> Result<Picture> {
+    ) -> Result<Output> {
+        let latents = self.denoise(pipeline, request, tell)?;
+        let mut frames = Vec::new();
+        self.decode(pipeline, request, &latents, tell, &mut |frame| {
+            frames.push(frame);
+            Ok(())
+        })?;
+        Ok(Output { latents, frames })
+    }
+
+    /// From the prompt to latents, the LoRAs at their weights for each step.
+    ///
+    /// # Errors
+    /// Those of [`Pipeline::denoise`].
+    pub fn denoise(
+        &self,
+        pipeline: &mut dyn Pipeline,
+        request: &Request,
+        tell: &mut dyn FnMut(Event),
+    ) -> Result<Latents> {
         let set_step = |step: usize, of: usize| {
             if let Some(set) = &self.adapters {
                 set.set_step(step, &Steps::new(of));
@@ -341,14 +360,41 @@ impl Offload {
         };
         set_step(0, request.steps);
         self.times.begin(&self.pager, pipeline, request);
-        let picture = pipeline.generate(request, &mut |event| {
+        Ok(pipeline.denoise(request, &mut |event| {
             if let Event::Step { index, of } = event {
                 set_step(index, of);
             }
             tell(event);
-        })?;
+        })?)
+    }
+
+    /// From latents to frames, which `each` is given in order. With a [store](OffloadBuilder::store), what
+    /// passes cost is then kept in it, if it has no note on that or one that is off by more than 10 %; a note
+    /// that cannot be written is logged.
+    ///
+    /// # Errors
+    /// Those of [`Pipeline::decode`], and of `each`.
+    pub fn decode(
+        &self,
+        pipeline: &mut dyn Pipeline,
+        request: &Request,
+        latents: &Latents,
+        tell: &mut dyn FnMut(Event),
+        each: &mut dyn FnMut(Picture) -> Result<()>,
+    ) -> Result<()> {
+        let mut failed = None;
+        let decoded = pipeline.decode(request, latents, tell, &mut |frame| {
+            each(frame).map_err(|error| {
+                failed = Some(error);
+                mmgp_models::Error::Input("a frame was not taken".into())
+            })
+        });
+        match (decoded, failed) {
+            (Err(_), Some(error)) => return Err(error),
+            (decoded, _) => decoded?,
+        }
         self.times.keep(&self.pager);
-        Ok(picture)
+        Ok(())
     }
 
     /// Changes the limit on all weights; takes effect with the next plan.

@@ -28,6 +28,8 @@ const CAP: Bytes = Bytes(50_000_000_000);
 pub struct Store {
     folder: PathBuf,
     cap: Bytes,
+    /// What stays free on the disk; a tenth of it by default.
+    spare: Option<Bytes>,
 }
 
 /// A model in a store.
@@ -54,7 +56,7 @@ struct Note {
 impl Store {
     /// The store in `folder`, which need not exist.
     pub fn at(folder: impl Into<PathBuf>) -> Self {
-        Self { folder: folder.into(), cap: CAP }
+        Self { folder: folder.into(), cap: CAP, spare: None }
     }
 
     /// The store in the user's cache folder, or `None` if there is no home.
@@ -69,6 +71,13 @@ impl Store {
     #[must_use]
     pub fn with_cap(mut self, cap: Bytes) -> Self {
         self.cap = cap;
+        self
+    }
+
+    /// Leaves `spare` of the disk free, instead of a tenth of it.
+    #[must_use]
+    pub fn with_spare(mut self, spare: Bytes) -> Self {
+        self.spare = Some(spare);
         self
     }
 
@@ -185,8 +194,8 @@ impl Store {
         Ok(Entry { path, source, bytes: Bytes(about.len()), digests })
     }
 
-    /// Makes room for `bytes` more, so that neither the cap nor a tenth of the disk is passed; `false`
-    /// if that cannot be.
+    /// Makes room for `bytes` more, so that the cap is not passed and enough of the disk stays free;
+    /// `false` if that cannot be.
     pub(crate) fn make_room(&self, bytes: Bytes) -> Result<bool> {
         fs::create_dir_all(&self.folder)
             .map_err(|source| Error::Write { path: self.folder.clone(), source })?;
@@ -194,7 +203,10 @@ impl Store {
         loop {
             let held: u64 = entries.iter().map(|entry| entry.bytes.0).sum();
             let space = mmgp_io::disk_space(&self.folder);
-            let fits = space.is_none_or(|(free, all)| free.saturating_sub(bytes.0) >= all / 10);
+            let fits = space.is_none_or(|(free, all)| {
+                let spare = self.spare.map_or(all / 10, |spare| spare.0);
+                free.checked_sub(bytes.0).is_some_and(|left| left >= spare)
+            });
             if held + bytes.0 <= self.cap.0 && fits {
                 return Ok(true);
             }

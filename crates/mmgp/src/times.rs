@@ -39,6 +39,7 @@ struct Subject {
     compute: String,
     width: usize,
     height: usize,
+    frames: usize,
     max_sequence_length: usize,
 }
 
@@ -111,13 +112,18 @@ impl Times {
         let blocks = pager.blocks(model)?;
         let about = pager.report().models.into_iter().rfind(|m| m.name == model)?;
         // All fields, so that a new one is thought of here.
-        let &Request {
+        let Request {
             prompt: _,
+            negative: _,
+            image: _,
             seed: _,
             steps: _,
             guidance: _,
+            guidance_schedule: _,
+            tiles: _,
             width,
             height,
+            frames,
             max_sequence_length,
         } = request;
         Some(Subject {
@@ -129,9 +135,10 @@ impl Times {
             blocks: blocks.into_iter().map(|(name, Bytes(bytes))| (name, bytes)).collect(),
             form: (about.form, about.disk.0),
             compute: format!("{:?}", pager.device().compute_dtype()),
-            width,
-            height,
-            max_sequence_length,
+            width: *width,
+            height: *height,
+            frames: *frames,
+            max_sequence_length: *max_sequence_length,
         })
     }
 }

@@ -91,7 +91,7 @@ fn every_budget_gives_the_same_file_with_int8_and_lora() {
 
 fn latents(offload: &Offload, pipeline: &mut dyn Pipeline, prompt: &str) -> Vec<f32> {
     let request = pipeline.defaults().request(prompt);
-    offload.generate(pipeline, &request, &mut |_| ()).unwrap().latents
+    offload.generate(pipeline, &request, &mut |_| ()).unwrap().latents.values
 }
 
 #[test]

@@ -15,9 +15,12 @@ use common::{demo, mmgp};
 
 const QUANTIZE: [&str; 2] = ["--quantize", "transformer,text_encoder_2"];
 
+/// Whatever else fills the disk that the tests run on, they have this much.
+const SPARE: [&str; 2] = ["--store-spare", "1MB"];
+
 fn generate(dir: &Path, store: &str) -> common::Run {
     let args = ["generate", "red heart", "--steps", "2", "--out", "it.png", "--store", store];
-    mmgp(dir, &[&args[..], &QUANTIZE].concat())
+    mmgp(dir, &[&args[..], &QUANTIZE, &SPARE].concat())
 }
 
 fn files(store: &Path) -> Vec<PathBuf> {
@@ -45,7 +48,8 @@ fn the_second_start_takes_what_the_first_one_made() {
     assert!(list.stdout.contains("2 models") && list.stdout.contains("tiny-flux/transformer"));
     // Another recipe is another entry.
     let args = ["--exclude", "*.attn.*", "--store", "store", "--steps", "2", "--out", "it.png"];
-    let other = mmgp(dir.path(), &[&["generate", "red heart"][..], &QUANTIZE, &args].concat());
+    let other =
+        mmgp(dir.path(), &[&["generate", "red heart"][..], &QUANTIZE, &SPARE, &args].concat());
     assert_eq!(other.stderr.matches("kept ").count(), 2, "{}", other.stderr);
     assert_ne!(other.latents(), off.latents());
     let clear = mmgp(dir.path(), &["store", "clear", "--store", "store"]);
@@ -101,7 +105,7 @@ fn a_store_without_room_keeps_nothing_and_says_so() {
     let dir = tempfile::tempdir().unwrap();
     let said = std::rc::Rc::new(std::cell::RefCell::new(Vec::new()));
     let heard = said.clone();
-    let store = Store::at(dir.path()).with_cap(Bytes(2_000_000));
+    let store = Store::at(dir.path()).with_cap(Bytes(2_000_000)).with_spare(Bytes(1_000_000));
     let mut settings = Settings::default();
     settings.set("quantize_transformer", "on").unwrap();
     settings.set("extra_models_to_quantize", "text_encoder_2").unwrap();
@@ -116,6 +120,23 @@ fn a_store_without_room_keeps_nothing_and_says_so() {
 }
 
 #[test]
+fn a_disk_without_room_is_left_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let (free, all) = mmgp_io::disk_space(dir.path()).unwrap();
+    assert!(0 < free && free <= all);
+    let kept = |spare: &str| {
+        let args = ["--steps", "1", "--store", "store", "--store-spare", spare];
+        let run = mmgp(dir.path(), &[&["generate", "red heart"][..], &QUANTIZE, &args].concat());
+        assert_eq!(run.code, Some(0), "{}", run.stderr);
+        let models = Store::at(dir.path().join("store")).entries().unwrap().len();
+        assert_eq!(run.stderr.matches("no room").count(), 2 - models, "{}", run.stderr);
+        models
+    };
+    assert_eq!(kept(&format!("{all}B")), 0);
+    assert_eq!(kept("1MB"), 2);
+}
+
+#[test]
 fn a_kill_at_any_moment_leaves_whole_entries_or_none() {
     let dir = tempfile::tempdir().unwrap();
     let expected = generate(dir.path(), "off").latents().to_string();
@@ -124,6 +145,7 @@ fn a_kill_at_any_moment_leaves_whole_entries_or_none() {
         let mut child = Command::new(env!("CARGO_BIN_EXE_mmgp"))
             .args(["generate", "red heart", "--steps", "1", "--out", "it.png", "--store", "store"])
             .args(QUANTIZE)
+            .args(SPARE)
             .current_dir(dir.path())
             .stdout(Stdio::null())
             .stderr(Stdio::null())

@@ -45,8 +45,8 @@ fn draw(offload: &Offload, pipeline: &mut dyn Pipeline, request: &Request) -> Ve
     if offload.pager().plan_in_force().is_none() {
         offload.plan_for(pipeline, request).unwrap();
     }
-    let picture = offload.generate(pipeline, request, &mut |_| ()).unwrap();
-    picture.latents.into_iter().map(f32::to_bits).collect()
+    let output = offload.generate(pipeline, request, &mut |_| ()).unwrap();
+    output.latents.values.into_iter().map(f32::to_bits).collect()
 }
 
 /// The slots of the transformer's blocks.

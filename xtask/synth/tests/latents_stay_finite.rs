@@ -53,9 +53,9 @@ fn draw(kind: Flux, double: usize, single: usize, steps: usize) {
     let mut request = pipeline.defaults().request("a red heart and a blue star");
     (request.steps, request.max_sequence_length) = (steps, 32);
     assert_eq!((request.width, request.height), (64, 64));
-    let picture = pipeline.generate(&request, &mut |_| ()).unwrap();
+    let output = pipeline.generate(&request, &mut |_| ()).unwrap();
 
-    let latents = &picture.latents;
+    let (latents, picture) = (&output.latents.values, &output.frames[0]);
     assert!(latents.iter().all(|v| v.is_finite()));
     let n = latents.len() as f64;
     let mean = latents.iter().map(|v| f64::from(*v)).sum::<f64>() / n;

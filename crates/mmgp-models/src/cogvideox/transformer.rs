@@ -11,7 +11,7 @@ use parking_lot::Mutex;
 use crate::{
     Error, Result,
     cogvideox::{CogVideoXBlock, CogVideoXConfig, positions::Sinusoids},
-    nn::{Activation, LayerNorm, Mlp, Modulation, Rope, timestep_embedding},
+    nn::{Activation, LayerNorm, Mlp, Modulation, Rope, Samples, timestep_embedding},
 };
 
 const THETA: f64 = 10000.;
@@ -85,19 +85,48 @@ impl CogVideoXTransformer {
     /// # Errors
     /// Inputs that do not fit the model or each other; weights that cannot be read; cancellation.
     pub fn forward(&self, inputs: &CogVideoXInputs<'_>) -> Result<Tensor> {
+        self.forward_samples(inputs, Samples::Together)
+    }
+
+    /// [`forward`](Self::forward), with the samples of the batch as `samples` says.
+    ///
+    /// # Errors
+    /// Those of `forward`.
+    pub fn forward_samples(
+        &self,
+        inputs: &CogVideoXInputs<'_>,
+        samples: Samples,
+    ) -> Result<Tensor> {
         let grid = self.check(inputs)?;
         let (rope, sinusoids) = match self.tables(inputs, grid)? {
             Tables::Turned(rope) => (Some(rope), None),
             Tables::Added(sinusoids) => (None, Some(sinusoids)),
         };
         let pass = self.model.pass()?;
-        let (mut image, mut text, activated) =
-            pass.stem(|stem| stem.embed(inputs, sinusoids.as_ref()))?;
+        let parts = Part::split(inputs, samples)?;
+        let (mut streams, vectors): (Vec<_>, Vec<_>) = pass
+            .stem(|stem| {
+                let parts = parts.iter().map(|part| stem.embed(part, sinusoids.as_ref()));
+                parts.collect::<CandleResult<Vec<_>>>()
+            })?
+            .into_iter()
+            .map(|(image, text, vector)| ((image, text), vector))
+            .unzip();
+        drop(parts);
         for visit in pass.blocks() {
-            (image, text) =
-                visit?.run(|block| block.forward(&image, &text, &activated, rope.as_ref()))?;
+            streams = visit?.run(|block| {
+                let forward = |((image, text), vector): (&(Tensor, Tensor), &Tensor)| {
+                    block.forward(image, text, vector, rope.as_ref())
+                };
+                streams.iter().zip(&vectors).map(forward).collect()
+            })?;
         }
-        Ok(pass.stem(|stem| stem.project(&image, &activated, grid))?)
+        let project = |stem: &Stem| {
+            let ends = streams.iter().zip(&vectors);
+            let ends = ends.map(|((image, _), vector)| stem.project(image, vector, grid));
+            Tensor::cat(&ends.collect::<CandleResult<Vec<_>>>()?, 0)
+        };
+        Ok(pass.stem(project)?)
     }
 
     /// Stored tensors that the model does not use.
@@ -212,6 +241,32 @@ impl CogVideoXTransformer {
     }
 }
 
+/// What changes from sample to sample, of those that go together.
+struct Part {
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    timestep: Tensor,
+    ofs: Option<Tensor>,
+}
+
+impl Part {
+    fn split(inputs: &CogVideoXInputs<'_>, samples: Samples) -> CandleResult<Vec<Self>> {
+        let hidden_states = samples.split(inputs.hidden_states)?;
+        let encoder_hidden_states = samples.split(inputs.encoder_hidden_states)?;
+        let timesteps = samples.split(inputs.timestep)?;
+        let mut ofs = inputs.ofs.map(|ofs| samples.split(ofs)).transpose()?.map(Vec::into_iter);
+        let parts = hidden_states.into_iter().zip(encoder_hidden_states).zip(timesteps);
+        Ok(parts
+            .map(|((hidden_states, encoder_hidden_states), timestep)| Self {
+                hidden_states,
+                encoder_hidden_states,
+                timestep,
+                ofs: ofs.as_mut().and_then(Iterator::next),
+            })
+            .collect())
+    }
+}
+
 struct Stem {
     patches: Patches,
     text: Linear,
@@ -268,14 +323,14 @@ impl Stem {
     /// Patches, text tokens, and SiLU of the vector that conditions all blocks.
     fn embed(
         &self,
-        inputs: &CogVideoXInputs<'_>,
+        inputs: &Part,
         sinusoids: Option<&Sinusoids>,
     ) -> CandleResult<(Tensor, Tensor, Tensor)> {
         let embedded = |mlp: &Mlp, t: &Tensor, width: usize| {
             mlp.forward(&timestep_embedding(t, width)?.to_dtype(self.compute)?)
         };
-        let mut vector = embedded(&self.timestep, inputs.timestep, self.hidden)?;
-        if let (Some((mlp, width)), Some(ofs)) = (&self.ofs, inputs.ofs) {
+        let mut vector = embedded(&self.timestep, &inputs.timestep, self.hidden)?;
+        if let (Some((mlp, width)), Some(ofs)) = (&self.ofs, &inputs.ofs) {
             vector = (vector + embedded(mlp, ofs, *width)?)?;
         }
         let rows = self.patch.cut(&inputs.hidden_states.to_dtype(self.compute)?)?;

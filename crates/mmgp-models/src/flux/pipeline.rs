@@ -10,10 +10,11 @@ use mmgp_io::Checkpoint;
 use mmgp_residency::Pager;
 
 use crate::{
-    Defaults, Error, Event, ModelIndex, OpenOptions, Picture, Pipeline, PipelinePart, Recipe,
-    Request, Result,
+    Defaults, Error, Event, GuidanceSchedule, Latents, ModelIndex, OpenOptions, Picture, Pipeline,
+    PipelinePart, Recipe, Request, Result,
     flux::{FluxConfig, FluxInputs, FluxTransformer, latents},
     noise::torch_normal,
+    pipeline::{Kept, check_numbers, check_picture, check_side, pictures, weights_recipe},
     schedulers::flow_match_euler::{self, FlowMatchConfig, FlowMatchEuler, linspace_sigmas},
     text::{
         clip::{ClipConfig, ClipText, Projection},
@@ -23,12 +24,8 @@ use crate::{
     vae::kl::{KlConfig, KlDecoder, KlEncoder},
 };
 
-/// Prompts whose embeddings are kept.
-const KEPT: usize = 8;
 /// The most tokens that the T5 of any FLUX model was trained on.
 const LONGEST: usize = 512;
-/// The largest side of a picture, a bound against slips of the keyboard.
-const LARGEST: usize = 16_384;
 
 /// A FLUX.1 pipeline in diffusers' layout.
 pub struct FluxPipeline {
@@ -47,14 +44,13 @@ pub struct FluxPipeline {
     device: Device,
     compute: DType,
     options: OpenOptions,
-    kept: Vec<Encoded>,
+    /// By prompt and tokens.
+    kept: Kept<(String, usize), Encoded>,
 }
 
 /// A prompt's embeddings.
 #[derive(Clone)]
 struct Encoded {
-    prompt: String,
-    tokens: usize,
     states: Tensor,
     pooled: Tensor,
 }
@@ -118,8 +114,11 @@ impl FluxPipeline {
             steps: if dev { 28 } else { 4 },
             guidance: if dev { 3.5 } else { 0. },
             max_sequence_length: if dev { 512 } else { 256 },
+            guidance_schedule: GuidanceSchedule::Constant,
             width: vae.sample_size,
             height: vae.sample_size,
+            frames: 1,
+            fps: 1.,
             budget: None,
         };
         Ok(Self {
@@ -137,7 +136,7 @@ impl FluxPipeline {
             device: pager.device().candle().clone(),
             compute: pager.device().compute_dtype(),
             options: options.clone(),
-            kept: Vec::new(),
+            kept: Kept::default(),
         })
     }
 
@@ -148,9 +147,9 @@ impl FluxPipeline {
 
     fn encode(&mut self, request: &Request, tell: &mut dyn FnMut(Event)) -> Result<Encoded> {
         let tokens = request.max_sequence_length;
-        let same = |e: &Encoded| e.prompt == request.prompt && e.tokens == tokens;
-        if let Some(kept) = self.kept.iter().find(|e| same(e)) {
-            return Ok(kept.clone());
+        let key = (request.prompt.clone(), tokens);
+        if let Some(kept) = self.kept.get(&key) {
+            return Ok(kept);
         }
         tell(Event::Encoding);
         let mut ids = |tokenizer: &Tokenizer, encoder: &str, length: usize| -> Result<Tensor> {
@@ -164,15 +163,18 @@ impl FluxPipeline {
         let long = ids(&self.tokenizer_2, "text_encoder_2", tokens)?;
         let pooled = self.clip.forward(&short)?.pooled;
         let states = self.t5.forward(&long, None)?;
-        let encoded = Encoded { prompt: request.prompt.clone(), tokens, states, pooled };
-        if self.kept.len() == KEPT {
-            self.kept.remove(0);
-        }
-        self.kept.push(encoded.clone());
+        let encoded = Encoded { states, pooled };
+        self.kept.put(key, encoded.clone());
         Ok(encoded)
     }
 
-    fn denoise(
+    /// The latents' shape: a token for every patch.
+    fn shape(&self, request: &Request) -> [usize; 3] {
+        let (rows, columns) = (request.height / self.patch(), request.width / self.patch());
+        [1, rows * columns, self.config.in_channels]
+    }
+
+    fn walk(
         &self,
         request: &Request,
         prompt: &Encoded,
@@ -184,7 +186,7 @@ impl FluxPipeline {
         let noise = Tensor::from_vec(noise, (1, channels, rows * 2, columns * 2), &self.device)?;
         let mut x = latents::pack(&noise)?;
         let img_ids = latents::image_ids(rows, columns, &self.device)?;
-        let txt_ids = latents::text_ids(prompt.tokens, &self.device)?;
+        let txt_ids = latents::text_ids(request.max_sequence_length, &self.device)?;
         let guidance = match self.config.guidance_embeds {
             true => Some(Tensor::new(&[request.guidance as f32], &self.device)?),
             false => None,
@@ -254,28 +256,7 @@ impl Pipeline for FluxPipeline {
             ("noise", "torch CPU generator".to_string()),
             ("attention", "softmax over whole rows, queries in chunks".to_string()),
         ];
-        let models = self.options.quantize.join(" and ");
-        let except = match self.options.exclude.join(" ") {
-            patterns if patterns.is_empty() => String::new(),
-            patterns => format!(" but {patterns}"),
-        };
-        let products = match self.compute {
-            DType::F32 => "f32".to_string(),
-            half => format!("{half:?}").to_lowercase(),
-        };
-        recipe.push(match (models.as_str(), self.device.is_cpu()) {
-            ("", _) => ("weights", format!("as stored, products in {products}")),
-            (models, true) => {
-                ("weights", format!("int8 in {models}{except}, code times scale in f32"))
-            }
-            (models, false) => (
-                "weights",
-                format!("int8 in {models}{except}, expanded to {products} before each product"),
-            ),
-        });
-        if !self.device.is_cpu() {
-            recipe.push(("device", "CUDA".to_string()));
-        }
+        recipe.extend(weights_recipe(&self.options, &self.device, self.compute));
         if self.config.guidance_embeds {
             recipe.push(("guidance", request.guidance.to_string()));
         }
@@ -283,56 +264,35 @@ impl Pipeline for FluxPipeline {
     }
 
     fn check(&self, request: &Request) -> Result<()> {
-        let wrong = |what: String| Err(Error::Input(what));
-        let patch = self.patch();
-        for (name, pixels) in [("width", request.width), ("height", request.height)] {
-            if pixels == 0 || pixels > LARGEST || !pixels.is_multiple_of(patch) {
-                let near = (pixels.clamp(patch, LARGEST) / patch) * patch;
-                return wrong(format!(
-                    "{name} {pixels}: expected a multiple of {patch} from {patch} to {LARGEST} \
-                     (the nearest below is {near})"
-                ));
-            }
-        }
-        if request.steps == 0 {
-            return wrong("steps 0: expected at least 1".into());
-        }
-        let tokens = request.max_sequence_length;
-        if !(2..=LONGEST).contains(&tokens) {
-            return wrong(format!("max_sequence_length {tokens}: expected 2 to {LONGEST} tokens"));
-        }
-        if !request.guidance.is_finite() {
-            return wrong(format!("guidance {}: expected a number", request.guidance));
-        }
-        Ok(())
+        check_picture(request, self.class())?;
+        check_side("width", request.width, self.patch())?;
+        check_side("height", request.height, self.patch())?;
+        check_numbers(request, LONGEST)
     }
 
     fn forget_prompts(&mut self) {
         self.kept.clear();
     }
 
-    fn generate(&mut self, request: &Request, tell: &mut dyn FnMut(Event)) -> Result<Picture> {
+    fn denoise(&mut self, request: &Request, tell: &mut dyn FnMut(Event)) -> Result<Latents> {
         self.check(request)?;
         self.transformer.pager().begin_run();
         let prompt = self.encode(request, tell)?;
-        let x = self.denoise(request, &prompt, tell)?;
+        Latents::of(&self.walk(request, &prompt, tell)?)
+    }
+
+    fn decode(
+        &mut self,
+        request: &Request,
+        latents: &Latents,
+        tell: &mut dyn FnMut(Event),
+        each: &mut dyn FnMut(Picture) -> Result<()>,
+    ) -> Result<()> {
+        self.check(request)?;
+        let x = latents.tensor(&self.shape(request), &self.device)?;
         tell(Event::Decoding);
         let (rows, columns) = (request.height / self.patch(), request.width / self.patch());
         let decoded = self.decoder.decode(&latents::unpack(&x, rows, columns)?)?;
-        Ok(Picture {
-            width: request.width,
-            height: request.height,
-            rgb: pixels(&decoded)?,
-            latents: x.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?,
-        })
+        pictures(&decoded.unsqueeze(2)?)?.into_iter().try_for_each(each)
     }
-}
-
-/// A decoded picture `[1, 3, height, width]`, about -1..1, to rows of RGB bytes.
-fn pixels(decoded: &Tensor) -> Result<Vec<u8>> {
-    let decoded = decoded.to_dtype(DType::F32)?.to_device(&Device::Cpu)?;
-    let planes = decoded.squeeze(0)?.flatten_from(1)?.to_vec2::<f32>()?;
-    let byte = |v: f32| ((v / 2. + 0.5).clamp(0., 1.) * 255.).round_ties_even() as u8;
-    let at = |i: usize| planes.iter().map(move |plane| byte(plane[i]));
-    Ok((0..planes.first().map_or(0, Vec::len)).flat_map(at).collect())
 }

@@ -17,6 +17,7 @@ mod heads;
 mod modulation;
 mod norms;
 mod rope;
+mod samples;
 mod spread;
 
 pub use activation::{Activation, join_gelu};
@@ -30,4 +31,5 @@ pub use heads::{Heads, gated_add};
 pub use modulation::Modulation;
 pub use norms::{LayerNorm, RmsNorm, layer_norm_modulated};
 pub use rope::Rope;
+pub use samples::Samples;
 pub use spread::spread_affine_silu;

@@ -28,8 +28,12 @@ const BATCH: usize = 2;
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(default)]
 pub struct CogVideoXVaeConfig {
+    /// Channels of a picture that is encoded.
+    pub in_channels: usize,
     /// Channels of the frames that are decoded.
     pub out_channels: usize,
+    /// One per level, `CogVideoXDownBlock3D`.
+    pub down_block_types: Vec<String>,
     /// One per level, `CogVideoXUpBlock3D`.
     pub up_block_types: Vec<String>,
     /// Channels of each level, from the frames down.
@@ -50,6 +54,10 @@ pub struct CogVideoXVaeConfig {
     pub sample_width: usize,
     /// What the denoiser's latents are multiplied by.
     pub scaling_factor: f64,
+    /// Whether the latents of a picture are divided by the factor instead.
+    pub invert_scale_latents: bool,
+    /// Whether a convolution follows the encoder; no published model has one, and it is refused.
+    pub use_quant_conv: bool,
     /// Whether a convolution precedes the decoder; no published model has one, and it is refused.
     pub use_post_quant_conv: bool,
     #[serde(skip)]
@@ -59,7 +67,9 @@ pub struct CogVideoXVaeConfig {
 impl Default for CogVideoXVaeConfig {
     fn default() -> Self {
         Self {
+            in_channels: 3,
             out_channels: 3,
+            down_block_types: vec![DOWN.into(); 4],
             up_block_types: vec![UP.into(); 4],
             block_out_channels: vec![128, 256, 256, 512],
             latent_channels: 16,
@@ -70,12 +80,15 @@ impl Default for CogVideoXVaeConfig {
             sample_height: 480,
             sample_width: 720,
             scaling_factor: 1.15258426,
+            invert_scale_latents: false,
+            use_quant_conv: false,
             use_post_quant_conv: false,
             file: PathBuf::from("config"),
         }
     }
 }
 
+const DOWN: &str = "CogVideoXDownBlock3D";
 const UP: &str = "CogVideoXUpBlock3D";
 
 impl CogVideoXVaeConfig {
@@ -96,18 +109,23 @@ impl CogVideoXVaeConfig {
     /// The first value that no such model can have, with file, key, expected and found.
     pub fn validate(&self) -> Result<()> {
         let check = Check::new(&self.file);
+        check.range("in_channels", self.in_channels, 1..=1024)?;
         check.range("out_channels", self.out_channels, 1..=1024)?;
         check.range("latent_channels", self.latent_channels, 1..=1024)?;
         check.range("layers_per_block", self.layers_per_block, 1..=64)?;
         let levels = self.block_out_channels.len();
         check.that((1..=16).contains(&levels), "block_out_channels", "1 to 16 levels", levels)?;
-        let types = &self.up_block_types;
-        check.that(
-            types.len() == levels && types.iter().all(|t| t == UP),
-            "up_block_types",
-            format_args!("{levels} × {UP}, one per entry of block_out_channels"),
-            types,
-        )?;
+        for (key, types, kind) in [
+            ("down_block_types", &self.down_block_types, DOWN),
+            ("up_block_types", &self.up_block_types, UP),
+        ] {
+            check.that(
+                types.len() == levels && types.iter().all(|t| t == kind),
+                key,
+                format_args!("{levels} × {kind}, one per entry of block_out_channels"),
+                types,
+            )?;
+        }
         let groups = self.norm_num_groups;
         check.range("norm_num_groups", groups, WIDTH)?;
         for &channels in &self.block_out_channels {
@@ -132,8 +150,17 @@ impl CogVideoXVaeConfig {
         check.range("sample_height", self.sample_height, 1..=(1 << 20))?;
         check.range("sample_width", self.sample_width, 1..=(1 << 20))?;
         check.positive("scaling_factor", self.scaling_factor)?;
-        let post = self.use_post_quant_conv;
+        let (quant, post) = (self.use_quant_conv, self.use_post_quant_conv);
+        check.that(!quant, "use_quant_conv", "false", quant)?;
         check.that(!post, "use_post_quant_conv", "false", post)
+    }
+
+    /// What the latents of a picture are multiplied by for a denoiser that begins with it.
+    pub(crate) fn picture_factor(&self) -> f64 {
+        match self.invert_scale_latents {
+            true => 1. / self.scaling_factor,
+            false => self.scaling_factor,
+        }
     }
 
     /// How many pixels a latent pixel stands for along each side.
@@ -142,7 +169,7 @@ impl CogVideoXVaeConfig {
     }
 
     /// How many levels of the decoder, from the latents on, double the frames.
-    pub(super) fn time_doublings(&self) -> usize {
+    pub(crate) fn time_doublings(&self) -> usize {
         self.temporal_compression_ratio.log2() as usize
     }
 
@@ -241,15 +268,36 @@ impl CogVideoXDecoder {
         Ok(())
     }
 
-    /// [`decode`](Self::decode) in tiles that overlap and are blended, for frames whose activations
-    /// are too large: beside the pixels of all frames there are those of a tile, and its activations.
-    /// The result differs from `decode`, since norms see a tile and not the frame. Latents that fit in
-    /// one tile are decoded as a whole.
+    /// [`decode_frames`](Self::decode_frames) in tiles that overlap and are blended, for frames whose
+    /// activations are too large: in memory there are a tile's activations and one frame, the tiles'
+    /// pixels wait in a temporary file. The result differs from the whole frames', since norms see a
+    /// tile and not the frame. Latents that fit in one tile are decoded as a whole.
     ///
     /// # Errors
-    /// Those of `decode`; tiles that do not fit the model, see [`Tiling`].
+    /// Those of `decode_frames`; tiles that do not fit the model, see [`Tiling`]; a disk that is full.
+    pub fn decode_tiled_frames(
+        &self,
+        latents: &Tensor,
+        tiling: &Tiling,
+        mut each: impl FnMut(Tensor) -> Result<()>,
+    ) -> Result<()> {
+        let decode = |tile: &Tensor, each: &mut dyn FnMut(Tensor) -> Result<()>| {
+            self.decode_frames(tile, each)
+        };
+        tiling.decode(latents, self.config.scale(), decode, &mut each)
+    }
+
+    /// The same, with all frames in one tensor.
+    ///
+    /// # Errors
+    /// Those of `decode_tiled_frames`.
     pub fn decode_tiled(&self, latents: &Tensor, tiling: &Tiling) -> Result<Tensor> {
-        tiling.decode(latents, self.config.scale(), |tile| self.decode(tile))
+        let mut parts = Vec::new();
+        self.decode_tiled_frames(latents, tiling, |part| {
+            parts.push(part);
+            Ok(())
+        })?;
+        Ok(Tensor::cat(&parts, 2)?)
     }
 
     /// Stored tensors that neither decoder nor encoder use.

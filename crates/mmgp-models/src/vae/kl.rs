@@ -178,7 +178,7 @@ impl KlDecoder {
 }
 
 /// What an encoder says about pictures: a normal distribution of latents, `[batch, latent_channels,
-/// h, w]`, f32.
+/// h, w]`, f32, of the mean μ and the variance σ².
 #[derive(Clone, Debug)]
 pub struct Moments {
     /// The mean, not scaled.

@@ -4,7 +4,9 @@
 //! no encoder in memory. Each is all stem: its activations are far larger than its weights.
 
 pub mod cogvideox;
+pub mod cogvideox_encoder;
 mod cogvideox_parts;
 pub mod kl;
 mod kl_parts;
+mod spool;
 mod tiling;

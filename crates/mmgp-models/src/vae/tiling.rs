@@ -1,12 +1,15 @@
 //! Tiles of a frame that overlap and are blended, as diffusers' video autoencoders cut them.
 //!
 //! Where tiles lie is a function of shape and options. A tile is decoded for all frames before the
-//! next; of those that are done, only the edges that a neighbour is blended with are kept beside the
-//! result.
+//! next, since what it must see of the frames before is large; its pixels wait in a file of the disk,
+//! so that memory does not grow with the number of frames. Then each frame is put together.
 
 use candle_core::{D, Tensor};
 
-use crate::{Error, Result, vae::cogvideox::CogVideoXVaeConfig};
+use crate::{
+    Error, Result,
+    vae::{cogvideox::CogVideoXVaeConfig, spool::Spool},
+};
 
 /// How frames are cut into tiles: diffusers' `tile_sample_min_height`, `tile_sample_min_width`,
 /// `tile_overlap_factor_height` and `tile_overlap_factor_width`.
@@ -39,72 +42,102 @@ impl Tiling {
         }
     }
 
-    /// `[batch, channels, t, h, w]` to `[batch, …, h · scale, w · scale]` by `decode`, tile by tile.
+    /// `[batch, channels, t, h, w]` to frames `[batch, …, 1, h · scale, w · scale]`, which `each` is
+    /// given in order. `decode` makes frames of a tile and gives them to its caller in portions.
+    /// Latents that fit in one tile are decoded as a whole, and their portions passed on.
     pub(super) fn decode(
         &self,
         latents: &Tensor,
         scale: usize,
-        decode: impl Fn(&Tensor) -> Result<Tensor>,
-    ) -> Result<Tensor> {
+        decode: impl Fn(&Tensor, &mut dyn FnMut(Tensor) -> Result<()>) -> Result<()>,
+        each: &mut dyn FnMut(Tensor) -> Result<()>,
+    ) -> Result<()> {
         let rows = Side::new("height", self.height, self.overlap_height, scale)?;
         let columns = Side::new("width", self.width, self.overlap_width, scale)?;
         let (height, width) = (latents.dim(3)?, latents.dim(4)?);
         if height <= rows.tile && width <= columns.tile {
-            return decode(latents);
+            return decode(latents, each);
         }
-        let mut out: Option<Tensor> = None;
-        // The lowest rows of the tiles above.
-        let mut above: Vec<Tensor> = Vec::new();
-        for (i, y) in (0..height).step_by(rows.step).enumerate() {
-            let mut line = Vec::new();
-            let mut left: Option<Tensor> = None;
-            for (j, x) in (0..width).step_by(columns.step).enumerate() {
-                let part = latents.narrow(3, y, rows.tile.min(height - y))?;
-                let part = part.narrow(4, x, columns.tile.min(width - x))?.contiguous()?;
-                let mut tile = decode(&part)?;
-                if i > 0 {
-                    tile = blend(&above[j], tile, 3)?;
-                }
-                if let Some(left) = &left {
-                    tile = blend(left, tile, 4)?;
-                }
-                let edge = |dim: usize, side: &Side| -> Result<Tensor> {
-                    let count = side.blend.min(tile.dim(dim)?);
-                    Ok(tile.narrow(dim, tile.dim(dim)? - count, count)?.copy()?)
-                };
-                left = Some(edge(4, &columns)?);
-                match i {
-                    0 => above.push(edge(3, &rows)?),
-                    _ => above[j] = edge(3, &rows)?,
-                }
-                let kept = tile.narrow(3, 0, rows.kept.min(tile.dim(3)?))?;
-                line.push(kept.narrow(4, 0, columns.kept.min(tile.dim(4)?))?.contiguous()?);
-            }
-            let line = Tensor::cat(&line, 4)?.contiguous()?;
-            let out = match &out {
-                Some(out) => out,
-                None => {
-                    let (batch, channels, frames, _, width) = line.dims5()?;
-                    let shape = (batch, channels, frames, height * scale, width);
-                    out.insert(Tensor::zeros(shape, line.dtype(), line.device())?)
-                }
-            };
-            out.slice_set(&line, 3, y * scale)?;
+        let spools = rows.cut_with(&columns, latents, |tile| {
+            let mut spool = Spool::new()?;
+            decode(tile, &mut |frames| spool.push(&frames))?;
+            Ok(spool)
+        })?;
+        let frames = spools.first().and_then(|line| line.first()).map_or(0, Spool::len);
+        for frame in 0..frames {
+            let of = |spool: &Spool| Ok(spool.frame(frame)?.to_device(latents.device())?);
+            each(joined(&spools, of, &rows, &columns)?)?;
         }
-        out.ok_or_else(|| Error::Input(format!("latents of shape {:?}", latents.dims())))
+        Ok(())
     }
+
+    /// Pictures `[batch, channels, 1, height, width]` to `[batch, …, 1, height / scale, width / scale]`.
+    /// Tiles lie as in [`decode`](Self::decode); what is blended are latents, `⌊tile / scale ·
+    /// overlap⌋` of them.
+    pub(super) fn encode(
+        &self,
+        pictures: &Tensor,
+        scale: usize,
+        encode: impl Fn(&Tensor) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        let rows = Side::of_pixels("height", self.height, self.overlap_height, scale)?;
+        let columns = Side::of_pixels("width", self.width, self.overlap_width, scale)?;
+        if pictures.dim(3)? <= rows.tile && pictures.dim(4)? <= columns.tile {
+            return encode(pictures);
+        }
+        let tiles = rows.cut_with(&columns, pictures, encode)?;
+        joined(&tiles, |tile| Ok(tile.clone()), &rows, &columns)
+    }
+}
+
+/// One picture of tiles, blended from the first row and column on. `of` gives what a tile shows.
+fn joined<T>(
+    lines: &[Vec<T>],
+    of: impl Fn(&T) -> Result<Tensor>,
+    rows: &Side,
+    columns: &Side,
+) -> Result<Tensor> {
+    let mut out = Vec::new();
+    // The lowest rows of the tiles above.
+    let mut above: Vec<Tensor> = Vec::new();
+    for (i, tiles) in lines.iter().enumerate() {
+        let mut line = Vec::new();
+        let mut left: Option<Tensor> = None;
+        for (j, tile) in tiles.iter().enumerate() {
+            let mut tile = of(tile)?;
+            if i > 0 {
+                tile = blend(&above[j], tile, 3)?;
+            }
+            if let Some(left) = &left {
+                tile = blend(left, tile, 4)?;
+            }
+            let edge = |dim: usize, side: &Side| -> Result<Tensor> {
+                let count = side.blend.min(tile.dim(dim)?);
+                Ok(tile.narrow(dim, tile.dim(dim)? - count, count)?.copy()?)
+            };
+            left = Some(edge(4, columns)?);
+            match i {
+                0 => above.push(edge(3, rows)?),
+                _ => above[j] = edge(3, rows)?,
+            }
+            let kept = tile.narrow(3, 0, rows.kept.min(tile.dim(3)?))?;
+            line.push(kept.narrow(4, 0, columns.kept.min(tile.dim(4)?))?.contiguous()?);
+        }
+        out.push(Tensor::cat(&line, 4)?);
+    }
+    Ok(Tensor::cat(&out, 3)?)
 }
 
 /// Where tiles lie along one side.
 #[derive(Debug, PartialEq)]
 struct Side {
-    /// Size of a tile, in latent pixels.
+    /// Size of a tile in what is cut: latent pixels where they are decoded, pixels where those are encoded.
     tile: usize,
-    /// From one tile to the next, in latent pixels.
+    /// From one tile to the next in what is cut.
     step: usize,
-    /// Pixels that are blended.
+    /// How much is blended of what is made.
     blend: usize,
-    /// Pixels of a tile that are taken.
+    /// How much of a tile of what is made is taken.
     kept: usize,
 }
 
@@ -125,6 +158,40 @@ impl Side {
             )));
         }
         Ok(Self { tile, step, blend, kept })
+    }
+
+    /// Of a side whose pixels are cut, so that latents are made.
+    fn of_pixels(side: &str, pixels: usize, overlap: f64, scale: usize) -> Result<Self> {
+        let latent = Self::new(side, pixels, overlap, scale)?;
+        let step = (pixels as f64 * (1. - overlap)) as usize;
+        let blend = (latent.tile as f64 * overlap) as usize;
+        let kept = latent.tile - blend;
+        if step != kept * scale {
+            return Err(Error::Input(format!(
+                "tile {side} {pixels} with overlap {overlap}: tiles start every {step} pixels, but \
+                 {kept} latent pixels of {scale} are kept of each"
+            )));
+        }
+        Ok(Self { tile: pixels, step, blend, kept })
+    }
+
+    /// Makes something of each tile of `x` `[batch, channels, t, height, width]`, whose rows lie as this
+    /// side says: by rows of tiles.
+    fn cut_with<T>(
+        &self,
+        columns: &Self,
+        x: &Tensor,
+        make: impl Fn(&Tensor) -> Result<T>,
+    ) -> Result<Vec<Vec<T>>> {
+        let (height, width) = (x.dim(3)?, x.dim(4)?);
+        let row = |top: usize| {
+            let line = x.narrow(3, top, self.tile.min(height - top))?;
+            let tile = |left: usize| {
+                make(&line.narrow(4, left, columns.tile.min(width - left))?.contiguous()?)
+            };
+            (0..width).step_by(columns.step).map(tile).collect()
+        };
+        (0..height).step_by(self.step).map(row).collect()
     }
 }
 
@@ -163,6 +230,10 @@ mod tests {
         assert_eq!(rows, Side { tile: 30, step: 25, blend: 40, kept: 200 });
         let columns = Side::new("width", tiling.width, tiling.overlap_width, 8)?;
         assert_eq!(columns, Side { tile: 45, step: 36, blend: 72, kept: 288 });
+        let rows = Side::of_pixels("height", tiling.height, tiling.overlap_height, 8)?;
+        assert_eq!(rows, Side { tile: 240, step: 200, blend: 5, kept: 25 });
+        let columns = Side::of_pixels("width", tiling.width, tiling.overlap_width, 8)?;
+        assert_eq!(columns, Side { tile: 360, step: 288, blend: 9, kept: 36 });
         for (pixels, overlap) in [(240, 1.), (240, -0.1), (240, f64::NAN), (241, 0.25), (0, 0.)] {
             assert!(Side::new("height", pixels, overlap, 8).is_err());
         }
@@ -182,7 +253,18 @@ mod tests {
                 let x = x.reshape((b * c, t, h, w))?.upsample_nearest2d(2 * h, 2 * w)?;
                 Ok(x.reshape((b, c, t, 2 * h, 2 * w))?)
             };
-            let (got, want) = (tiling.decode(&x, 2, enlarge)?, enlarge(&x)?);
+            let mut got = Vec::new();
+            let decode = |x: &Tensor, each: &mut dyn FnMut(Tensor) -> Result<()>| {
+                // In two portions.
+                let x = enlarge(x)?;
+                each(x.narrow(2, 0, 1)?)?;
+                each(x.narrow(2, 1, 1)?)
+            };
+            tiling.decode(&x, 2, decode, &mut |frame| {
+                got.push(frame);
+                Ok(())
+            })?;
+            let (got, want) = (Tensor::cat(&got, 2)?, enlarge(&x)?);
             assert_eq!(got.dims(), want.dims());
             let worst = (got - want)?.abs()?.max_all()?.to_scalar::<f32>()?;
             assert!(worst < 1e-6, "{h} × {w}: {worst}");
