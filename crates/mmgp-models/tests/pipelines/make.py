@@ -36,6 +36,7 @@ import json
 import math
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 
 import diffusers
@@ -59,7 +60,7 @@ from diffusers import (
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 from PIL import Image
 from safetensors.torch import save_file
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoTokenizer,
     CLIPTextConfig,
@@ -174,16 +175,20 @@ def t5_tokenizer(folder):
     return tokenizer
 
 
-def pairs(words, alphabet, size, suffix=""):
-    """The vocabulary and the merges of byte pairs, of texts that are words already."""
-    tokenizer = tokenizers.Tokenizer(models.BPE(end_of_word_suffix=suffix))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size, min_frequency=1, initial_alphabet=alphabet, end_of_word_suffix=suffix, show_progress=False
-    )
-    tokenizer.train_from_iterator([" ".join(words)], trainer)
-    model = json.loads(tokenizer.to_str())["model"]
-    return model["vocab"], [" ".join(merge) for merge in model["merges"]]
+def merge_pairs(words, most):
+    """Merges of byte pairs, the most frequent first, as `left right`; `words` are lists of letters."""
+    merges = []
+    while len(merges) < most:
+        counts = Counter(pair for word in words for pair in zip(word, word[1:]))
+        if not counts:
+            break
+        left, right = min(counts, key=lambda pair: (-counts[pair], pair))
+        merges.append(f"{left} {right}")
+        for word in words:
+            for at in reversed(range(len(word) - 1)):
+                if word[at : at + 2] == [left, right]:
+                    word[at : at + 2] = [left + right]
+    return merges
 
 
 def llama_tokenizer(folder):
@@ -204,8 +209,10 @@ def llama_tokenizer(folder):
     bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     before = pre_tokenizers.Sequence([split, bytes_])
     words = [word for word, _ in before.pre_tokenize_str(plain)]
-    letters = [word for word, _ in before.pre_tokenize_str(" ".join([PROMPT, OTHER, NEGATIVE]))]
-    vocab, merges = pairs(words, sorted(set("".join(letters))), 2000)
+    others = [word for word, _ in before.pre_tokenize_str(" ".join([PROMPT, OTHER, NEGATIVE]))]
+    letters = sorted(set("".join(words + others)))
+    merges = merge_pairs([list(word) for word in words], 1000)
+    vocab = {token: i for i, token in enumerate(letters + [merge.replace(" ", "") for merge in merges])}
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab, [tuple(m.split(" ")) for m in merges], ignore_merges=True))
     tokenizer.pre_tokenizer, tokenizer.decoder = before, decoders.ByteLevel()
     tokenizer.add_special_tokens(special)
@@ -236,9 +243,9 @@ def llama_tokenizer(folder):
 
 def clip_tokenizer(folder):
     """CLIP's pairs, with few letters and few words; the end pads and stands for what is unknown."""
-    words = [word for text in (PROMPT, NEGATIVE) for word in text.replace(",", " ,").split()]
+    words = [list(word[:-1]) + [word[-1] + "</w>"] for word in " ".join([PROMPT, OTHER]).split()]
     letters = sorted(set("".join([PROMPT, OTHER, NEGATIVE]).replace(" ", "")))
-    _, merges = pairs(words, letters, 90, "</w>")
+    merges = merge_pairs(words, 40)
     vocab = letters + [letter + "</w>" for letter in letters] + [merge.replace(" ", "") for merge in merges]
     special = ["<|startoftext|>", "<|endoftext|>"]
     folder.mkdir(parents=True)
@@ -626,6 +633,10 @@ def hunyuanvideo(folder):
         "vae": torch.float16,
     }
     save(folder, pipe, {"tokenizer": "PreTrainedTokenizerFast", "tokenizer_2": "CLIPTokenizer"}, types)
+    # As the library wrote it when the real files were made.
+    config = json.loads((folder / "text_encoder/config.json").read_text())
+    config |= {"rope_theta": config.pop("rope_parameters")["rope_theta"], "rope_scaling": None}
+    write(folder / "text_encoder/config.json", dict(sorted(config.items())))
     runs = Runs(folder, HunyuanVideoPipeline, fps=15)
     changes = ["prompt", "guidance_scale", "seed"]
     arguments = {"prompt": PROMPT, "seed": 8, "num_inference_steps": 4, "guidance_scale": 6.0, "num_frames": 9}
