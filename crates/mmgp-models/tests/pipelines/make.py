@@ -59,7 +59,7 @@ from diffusers import (
 )
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoTokenizer,
@@ -633,7 +633,10 @@ def hunyuanvideo(folder):
         "vae": torch.float16,
     }
     save(folder, pipe, {"tokenizer": "PreTrainedTokenizerFast", "tokenizer_2": "CLIPTokenizer"}, types)
-    # As the library wrote it when the real files were made.
+    # As the library wrote both when the real files were made.
+    weights = load_file(folder / "text_encoder_2/model.safetensors")
+    weights = {f"text_model.{name}": tensor for name, tensor in weights.items()}
+    save_file(weights, folder / "text_encoder_2/model.safetensors", {"format": "pt"})
     config = json.loads((folder / "text_encoder/config.json").read_text())
     config |= {"rope_theta": config.pop("rope_parameters")["rope_theta"], "rope_scaling": None}
     write(folder / "text_encoder/config.json", dict(sorted(config.items())))
