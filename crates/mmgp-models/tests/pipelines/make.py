@@ -21,6 +21,8 @@ Each folder is a pipeline that `from_pretrained` opens, plus
   | `NAME.image_latents` | what is beside the noise where there is an image: its latents, then zeros   |
   | `NAME.tiled_latents` | the last latents where there is an image, whose encoding is tiled too       |
 
+`cogvideox-1.5-5b-i2v` is no whole folder: the files that its `case.json` lists as `borrows` are those of another.
+
 An image of a run lies beside `case.json`. One generator on the CPU, seeded with `seed`, gives in this order: where there
 is an image, the noise of its encoding (1 x channels x 1 x height x width); the latents before the first step, of the
 shape of `noise`; for CogVideoX's DPM in each step one draw of that shape, and a second one, used in place of the first, in
@@ -377,7 +379,7 @@ class Runs:
         values = {"prompt": OTHER, "negative_prompt": OTHER, "guidance_scale": 3.0, "seed": 1234}
         return {name: (values | {"use_dynamic_cfg": False, "image": "other.png"})[name]}
 
-    def finish(self):
+    def finish(self, **more):
         save_file(self.expected, self.folder / "expected.safetensors")
         versions = {m.__name__: m.__version__ for m in (diffusers, transformers, torch, numpy)}
         write(
@@ -388,6 +390,7 @@ class Runs:
                 "arithmetic": "float32",
                 "fps": self.fps,
                 "tolerance_rel": 1e-3,
+                **more,
                 "runs": self.runs,
             },
         )
@@ -565,6 +568,47 @@ def cogvideox_5b_i2v(folder):
     runs.finish()
 
 
+def cogvideox_15_i2v(folder):
+    """Patches over two frames, an input `ofs`, latents of the image that are divided by the scaling factor. All else is
+    that of `cogvideox-5b-i2v`, which is to be copied below it."""
+    other = folder.with_name("cogvideox-5b-i2v")
+    borrowed = ["tokenizer", "text_encoder", "vae/diffusion_pytorch_model.safetensors", "image.png"]
+    shutil.copytree(other, folder, ignore=shutil.ignore_patterns("case.json", "expected.safetensors", "transformer"))
+    transformer = cogvideox_transformer(
+        53,
+        num_attention_heads=1,
+        in_channels=8,
+        num_layers=1,
+        patch_size_t=2,
+        ofs_embed_dim=12,
+        sample_height=6,
+        sample_width=8,
+        use_rotary_positional_embeddings=True,
+    )
+    transformer.to(torch.bfloat16).save_pretrained(folder / "transformer")
+    config = json.loads((folder / "vae/config.json").read_text())
+    write(folder / "vae/config.json", config | {"invert_scale_latents": True})
+    picture(folder / "other.png", 48, 32, 2)
+    runs = Runs(folder, CogVideoXImageToVideoPipeline, fps=16)
+    # Three latent frames, to which a fourth is added, which is dropped before decoding.
+    arguments = {
+        "image": "image.png",
+        "prompt": OTHER,
+        "negative_prompt": NEGATIVE,
+        "seed": 4,
+        "num_inference_steps": 4,
+        "guidance_scale": 6.0,
+        "use_dynamic_cfg": True,
+        "num_frames": 9,
+        "height": 32,
+        "width": 48,
+    }
+    runs.run("padded", arguments, [5], other=["image", "negative_prompt", "guidance_scale", "seed"])
+    for name in borrowed + ["other.png"]:
+        shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
+    runs.finish(borrows={"from": other.name, "files": borrowed})
+
+
 # HunyuanVideo
 
 
@@ -655,7 +699,13 @@ def hunyuanvideo(folder):
     runs.finish()
 
 
-CASES = {"cogvideox-2b": cogvideox_2b, "cogvideox-5b": cogvideox_5b, "cogvideox-5b-i2v": cogvideox_5b_i2v, "hunyuanvideo": hunyuanvideo}
+CASES = {
+    "cogvideox-2b": cogvideox_2b,
+    "cogvideox-5b": cogvideox_5b,
+    "cogvideox-5b-i2v": cogvideox_5b_i2v,
+    "cogvideox-1.5-5b-i2v": cogvideox_15_i2v,
+    "hunyuanvideo": hunyuanvideo,
+}
 
 
 def main():
