@@ -44,12 +44,12 @@ from pathlib import Path
 import diffusers
 import numpy
 import sentencepiece
-import torch
 import tokenizers
+import torch
 import transformers
 from diffusers import (
-    AutoencoderKLHunyuanVideo,
     AutoencoderKLCogVideoX,
+    AutoencoderKLHunyuanVideo,
     CogVideoXDDIMScheduler,
     CogVideoXDPMScheduler,
     CogVideoXImageToVideoPipeline,
@@ -482,7 +482,8 @@ def cogvideox_2b(folder):
     arguments = {"prompt": PROMPT, "seed": 42, "num_inference_steps": 4, "guidance_scale": 6.0, "num_frames": 9}
     runs.run("sample", arguments, [7], other=["prompt", "negative_prompt", "guidance_scale", "seed"])
     # Of another size than the sample, odd in patches, and large enough to be tiled.
-    arguments |= {"height": 64, "width": 48, "num_frames": 13, "num_inference_steps": 3, "negative_prompt": NEGATIVE, "seed": 7}
+    arguments |= {"height": 64, "width": 48, "num_frames": 13, "num_inference_steps": 3, "seed": 7}
+    arguments |= {"negative_prompt": NEGATIVE}
     runs.run("larger", arguments, [9], tiled=[12], other=["prompt", "negative_prompt", "guidance_scale", "seed"])
     runs.finish()
 
