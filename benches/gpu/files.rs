@@ -19,7 +19,7 @@ use mmgp_io::{Checkpoint, Dtype, Overwrite, TensorSpec, disk_space};
 use mmgp_models::flux::{FluxConfig, FluxTransformer};
 use mmgp_quant::QuantPolicy;
 use mmgp_residency::{ALIGN, Bytes, ModelBuilder, Pager};
-use mmgp_synth::values;
+use mmgp_synth::values::{self, Float};
 use rayon::prelude::*;
 use serde_json::{Map, Value, json};
 
@@ -110,7 +110,7 @@ impl Files {
         file.write_all_at(&header, 0)?;
         placed.par_iter().try_for_each(|(spec, start)| {
             let mut at = *start;
-            values::make(&spec.name, &spec.shape, SEED, |piece| {
+            values::make(&spec.name, &spec.shape, Float::Bf16, SEED, |piece| {
                 file.write_all_at(piece, at)?;
                 at += piece.len() as u64;
                 Ok::<(), std::io::Error>(())

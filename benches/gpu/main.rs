@@ -66,8 +66,8 @@ struct Cli {
     #[arg(long, default_value_t = 512)]
     text: usize,
     /// Double and single blocks
-    #[arg(long, value_name = "DOUBLE+SINGLE", default_value = "19+38")]
-    depth: Depth,
+    #[arg(long, value_name = "DOUBLE+SINGLE", default_value = "19+38", value_parser = both)]
+    depth: (usize, usize),
     /// Heads of 128 values, which make the width
     #[arg(long, default_value_t = 24)]
     heads: usize,
@@ -128,6 +128,10 @@ fn budget(text: &str) -> Result<Budget, String> {
     text.parse().map_err(|error: mmgp_residency::Error| error.to_string())
 }
 
+fn both(text: &str) -> Result<(usize, usize), String> {
+    text.parse::<Depth>()?.both()
+}
+
 impl Cli {
     /// The rows asked for.
     fn requests(&self) -> Vec<Request> {
@@ -150,7 +154,7 @@ impl Cli {
     fn config(&self) -> Result<FluxConfig> {
         let mut config = FluxConfig::default();
         config.guidance_embeds = true;
-        (config.num_layers, config.num_single_layers) = (self.depth.double, self.depth.single);
+        (config.num_layers, config.num_single_layers) = self.depth;
         config.num_attention_heads = self.heads;
         config.validate()?;
         Ok(config)

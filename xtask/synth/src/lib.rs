@@ -6,9 +6,14 @@
 //! [`values`] says what stands in a tensor.
 #![forbid(unsafe_code)]
 
+mod cogvideox;
 mod depth;
+mod flux;
 mod folder;
+mod parts;
 pub mod values;
 
+pub use cogvideox::CogVideoX;
 pub use depth::Depth;
-pub use folder::{Flux, Folder, Options, Written};
+pub use flux::Flux;
+pub use folder::{Folder, Options, Written};

@@ -3,10 +3,10 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, anyhow, ensure};
 use clap::{Parser, ValueEnum};
 use mmgp_residency::{Bytes, process_peak};
-use mmgp_synth::{Depth, Flux, Folder, Options};
+use mmgp_synth::{CogVideoX, Depth, Flux, Folder, Options};
 
 /// Writes a pipeline's folder that `mmgp generate --model` takes: random weights in true shapes and
 /// widths, of as many blocks as asked for, with the demo's tokenizers
@@ -16,11 +16,12 @@ struct Cli {
     /// The pipeline
     #[arg(value_enum)]
     pipeline: Pipeline,
-    /// Double and single blocks of the transformer; the real one has 19+38
-    #[arg(long, value_name = "DOUBLE+SINGLE")]
-    depth: Depth,
-    /// Blocks of T5; the real one has 24
-    #[arg(long, value_name = "N")]
+    /// Blocks of the transformer, of FLUX double and single ones [default: all; FLUX: 19+38, CogVideoX:
+    /// 30 or 42]
+    #[arg(long, value_name = "N|DOUBLE+SINGLE")]
+    depth: Option<Depth>,
+    /// Blocks of T5
+    #[arg(long, value_name = "N", default_value_t = 24)]
     t5_depth: usize,
     /// The folder to write, which must not exist or be empty
     #[arg(long)]
@@ -37,6 +38,33 @@ struct Cli {
 enum Pipeline {
     FluxDev,
     FluxSchnell,
+    #[value(name = "cogvideox-2b")]
+    CogVideoX2b,
+    #[value(name = "cogvideox-5b")]
+    CogVideoX5b,
+    #[value(name = "cogvideox-5b-i2v")]
+    CogVideoX5bI2v,
+}
+
+/// The folder that is asked for.
+fn folder(cli: &Cli) -> Result<Folder> {
+    let flux = |kind| {
+        let depth = cli.depth.unwrap_or(Depth { double: 19, single: Some(38) });
+        let (double, single) = depth.both().map_err(|why| anyhow!("--depth: {why}"))?;
+        Ok(Folder::flux(kind, double, single, cli.t5_depth))
+    };
+    let cogvideox = |kind, all| {
+        let depth = cli.depth.unwrap_or(Depth { double: all, single: None });
+        ensure!(depth.single.is_none(), "CogVideoX has one kind of blocks: --depth N");
+        Ok(Folder::cogvideox(kind, depth.double, cli.t5_depth))
+    };
+    match cli.pipeline {
+        Pipeline::FluxDev => flux(Flux::Dev),
+        Pipeline::FluxSchnell => flux(Flux::Schnell),
+        Pipeline::CogVideoX2b => cogvideox(CogVideoX::Small, 30),
+        Pipeline::CogVideoX5b => cogvideox(CogVideoX::Large, 42),
+        Pipeline::CogVideoX5bI2v => cogvideox(CogVideoX::LargeFromPicture, 42),
+    }
 }
 
 fn shard_size(text: &str) -> Result<Bytes, String> {
@@ -48,11 +76,7 @@ fn shard_size(text: &str) -> Result<Bytes, String> {
 
 fn main() -> Result<()> {
     let cli = Cli::parse();
-    let kind = match cli.pipeline {
-        Pipeline::FluxDev => Flux::Dev,
-        Pipeline::FluxSchnell => Flux::Schnell,
-    };
-    let folder = Folder::flux(kind, cli.depth.double, cli.depth.single, cli.t5_depth);
+    let folder = folder(&cli)?;
     let tokenizers = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../assets/tiny-flux");
     let tokenizers = tokenizers.canonicalize().context("the demo's folder, for its tokenizers")?;
     let options =

@@ -209,11 +209,12 @@ impl CogVideoXPipeline {
         (frames, frames.next_multiple_of(joined) - frames)
     }
 
-    /// The latents' shape: `[1, frames, channels, height, width]`.
-    fn shape(&self, request: &Request, frames: usize) -> [usize; 5] {
+    /// The latents' shape: `[1, frames, channels, height, width]`, with the frames that are not shown.
+    fn shape(&self, request: &Request) -> [usize; 5] {
+        let (frames, before) = self.latent_frames(request);
         let scale = self.vae.scale();
         let channels = self.vae.latent_channels;
-        [1, frames, channels, request.height / scale, request.width / scale]
+        [1, before + frames, channels, request.height / scale, request.width / scale]
     }
 
     fn grid(&self, request: &Request) -> [usize; 3] {
@@ -288,8 +289,7 @@ impl CogVideoXPipeline {
         texts: &Tensor,
         tell: &mut dyn FnMut(Event),
     ) -> Result<Tensor> {
-        let (frames, before) = self.latent_frames(request);
-        let shape = self.shape(request, frames + before);
+        let shape = self.shape(request);
         let mut generator = TorchGenerator::new(request.seed);
         let count = shape.iter().product();
         let picture = match &self.encoder {
@@ -345,7 +345,7 @@ impl CogVideoXPipeline {
                 Schedule::Ddim(schedule) => x = schedule.step(step, &output, &x)?,
                 Schedule::Dpm(schedule) => {
                     let mut drawn = noise()?;
-                    if original.is_some() && step + 1 < schedule.timesteps().len() {
+                    if original.is_some() && !schedule.ends(step)? {
                         drawn = noise()?; // the reference draws once for each order
                     }
                     let next = schedule.step(step, &output, &x, &drawn, original.as_ref())?;
@@ -353,7 +353,7 @@ impl CogVideoXPipeline {
                 }
             }
         }
-        Ok(x.narrow(1, before, frames)?)
+        Ok(x)
     }
 }
 
@@ -488,8 +488,9 @@ impl Pipeline for CogVideoXPipeline {
         each: &mut dyn FnMut(Picture) -> Result<()>,
     ) -> Result<()> {
         self.check(request)?;
-        let shape = self.shape(request, self.latent_frames(request).0);
-        let x = latents.tensor(&shape, &self.device)?.permute([0, 2, 1, 3, 4])?.contiguous()?;
+        let x = latents.tensor(&self.shape(request), &self.device)?;
+        let (frames, before) = self.latent_frames(request);
+        let x = x.narrow(1, before, frames)?.permute([0, 2, 1, 3, 4])?.contiguous()?;
         tell(Event::Decoding);
         let each = |part: Tensor| pictures(&part)?.into_iter().try_for_each(&mut *each);
         match self.tiling(request) {

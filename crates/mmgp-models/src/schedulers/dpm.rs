@@ -55,6 +55,14 @@ impl DpmSchedule {
         &self.run.timesteps
     }
 
+    /// Whether step `at` ends below timestep 0, where nothing follows; it is of the first order then.
+    ///
+    /// # Errors
+    /// A step that there is not.
+    pub fn ends(&self, at: usize) -> Result<bool> {
+        Ok(self.run.step(at)?.last)
+    }
+
     /// Step `at`: `output` is what the model made of `sample`, `noise` is standard normal, all of one
     /// shape. `previous` is the clean sample of the step before; without it, and where the run ends,
     /// the step is of the first order.
