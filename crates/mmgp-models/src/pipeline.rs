@@ -21,6 +21,9 @@ use crate::{Error, Result, config::Check};
 /// The largest side of a picture, a bound against slips of the keyboard.
 const LARGEST: usize = 16_384;
 
+/// The most frames of a video, likewise.
+const MOST_FRAMES: usize = 100_001;
+
 /// How a pipeline's weights are taken.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct OpenOptions {
@@ -399,6 +402,31 @@ pub(crate) fn check_side(name: &str, pixels: usize, patch: usize) -> Result<()> 
         )));
     }
     Ok(())
+}
+
+/// Checks that frames are one and a multiple of `ratio` more, which a latent frame stands for.
+pub(crate) fn check_frames(frames: usize, ratio: usize) -> Result<()> {
+    if frames == 0 || frames > MOST_FRAMES || frames % ratio != 1 % ratio {
+        let near = (frames.clamp(1, MOST_FRAMES) - 1) / ratio * ratio + 1;
+        return Err(Error::Input(format!(
+            "frames {frames}: expected 1 more than a multiple of {ratio}, up to {MOST_FRAMES} (the \
+             nearest below is {near})"
+        )));
+    }
+    Ok(())
+}
+
+/// Checks that what a part of the pipeline in `dir` has as `key` is what the others expect.
+pub(crate) fn fits(dir: &Path, part: &str, key: &str, expected: usize, found: usize) -> Result<()> {
+    match expected == found {
+        true => Ok(()),
+        false => Err(Error::Config {
+            file: dir.join(part).join("config.json"),
+            key: key.into(),
+            expected: expected.to_string(),
+            found: found.to_string(),
+        }),
+    }
 }
 
 /// Checks what means the same to all pipelines: steps, guidance, and tokens up to `longest`.

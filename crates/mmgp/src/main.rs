@@ -29,6 +29,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Generate(Box<commands::generate::Args>),
+    Decode(Box<commands::decode::Args>),
     Convert(commands::convert::Args),
     Store(commands::store::Args),
 }
@@ -48,6 +49,7 @@ fn main() -> ExitCode {
         .init();
     let result = match Cli::parse().command {
         Command::Generate(args) => commands::generate::run(&args),
+        Command::Decode(args) => commands::decode::run(&args),
         Command::Convert(args) => commands::convert::run(&args),
         Command::Store(args) => commands::store::run(&args),
     };

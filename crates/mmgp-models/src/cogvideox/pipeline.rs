@@ -17,7 +17,10 @@ use crate::{
     },
     nn::Samples,
     noise::TorchGenerator,
-    pipeline::{Kept, check_image, check_numbers, check_side, pictures, to_tensor, weights_recipe},
+    pipeline::{
+        Kept, check_frames, check_image, check_numbers, check_side, fits, pictures, to_tensor,
+        weights_recipe,
+    },
     schedulers::{
         ddim::{Ddim, DdimSchedule},
         discrete::DiscreteConfig,
@@ -35,8 +38,6 @@ use crate::{
 
 /// The most tokens that are read of a prompt.
 const LONGEST: usize = 1024;
-/// The most frames of a video, a bound against slips of the keyboard.
-const MOST_FRAMES: usize = 100_001;
 /// Up to so many tokens the two samples of guidance go through a block in one call.
 const TOGETHER: usize = 4096;
 
@@ -128,20 +129,11 @@ impl CogVideoXPipeline {
             CogVideoXConfig::from_file(part("transformer", "CogVideoXTransformer3DModel")?)?;
         let vae = CogVideoXVaeConfig::from_file(part("vae", "AutoencoderKLCogVideoX")?)?;
         let t5 = T5Config::from_file(part("text_encoder", "T5EncoderModel")?)?;
-        let fits = |file: &str, key: &str, expected: usize, found: usize| match expected == found {
-            true => Ok(()),
-            false => Err(Error::Config {
-                file: dir.join(file).join("config.json"),
-                key: key.into(),
-                expected: expected.to_string(),
-                found: found.to_string(),
-            }),
-        };
-        fits("text_encoder", "d_model", config.text_embed_dim, t5.d_model)?;
+        fits(dir, "text_encoder", "d_model", config.text_embed_dim, t5.d_model)?;
         let from_picture = index.class()? == Self::FROM_PICTURE;
         let channels = if from_picture { 2 } else { 1 } * vae.latent_channels;
-        fits("transformer", "in_channels", channels, config.in_channels)?;
-        fits("transformer", "out_channels", vae.latent_channels, config.out_channels)?;
+        fits(dir, "transformer", "in_channels", channels, config.in_channels)?;
+        fits(dir, "transformer", "out_channels", vae.latent_channels, config.out_channels)?;
         let ratio = 1 << vae.time_doublings();
         fits(
             "transformer",
@@ -425,15 +417,7 @@ impl Pipeline for CogVideoXPipeline {
         check_side("height", request.height, self.patch())?;
         check_numbers(request, LONGEST)?;
         let wrong = |what: String| Err(Error::Input(what));
-        let ratio = self.config.temporal_compression_ratio;
-        let frames = request.frames;
-        if frames == 0 || frames > MOST_FRAMES || frames % ratio != 1 % ratio {
-            let near = (frames.clamp(1, MOST_FRAMES) - 1) / ratio * ratio + 1;
-            return wrong(format!(
-                "frames {frames}: expected 1 more than a multiple of {ratio}, up to {MOST_FRAMES} \
-                 (the nearest below is {near})"
-            ));
-        }
+        check_frames(request.frames, self.config.temporal_compression_ratio)?;
         match (&self.encoder, &request.image) {
             (Some(_), None) => return wrong(self.wants_picture()),
             (None, Some(_)) => {
@@ -447,7 +431,8 @@ impl Pipeline for CogVideoXPipeline {
             let [height, width] = learned.map(|side| side * self.vae.scale());
             let learned =
                 (self.config.max_text_seq_length, self.config.sample_frames, height, width);
-            let found = (request.max_sequence_length, frames, request.height, request.width);
+            let found =
+                (request.max_sequence_length, request.frames, request.height, request.width);
             if found != learned {
                 return wrong(format!(
                     "this model has learned positions for {} tokens, {} frames of {}x{}, and no others",

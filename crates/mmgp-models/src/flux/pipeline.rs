@@ -14,7 +14,7 @@ use crate::{
     PipelinePart, Recipe, Request, Result,
     flux::{FluxConfig, FluxInputs, FluxTransformer, latents},
     noise::torch_normal,
-    pipeline::{Kept, check_numbers, check_picture, check_side, pictures, weights_recipe},
+    pipeline::{Kept, check_numbers, check_picture, check_side, fits, pictures, weights_recipe},
     schedulers::flow_match_euler::{self, FlowMatchConfig, FlowMatchEuler, linspace_sigmas},
     text::{
         clip::{ClipConfig, ClipText, Projection},
@@ -78,25 +78,9 @@ impl FluxPipeline {
             &["FlowMatchEulerDiscreteScheduler"],
         )?;
         let scheduler = FlowMatchConfig::from_file(scheduler)?;
-        let fits = |file: &str, key: &str, expected: String, found: usize| match expected
-            == found.to_string()
-        {
-            true => Ok(()),
-            false => Err(Error::Config {
-                file: dir.join(file).join("config.json"),
-                key: key.into(),
-                expected,
-                found: found.to_string(),
-            }),
-        };
-        fits("text_encoder_2", "d_model", config.joint_attention_dim.to_string(), t5.d_model)?;
-        fits(
-            "text_encoder",
-            "hidden_size",
-            config.pooled_projection_dim.to_string(),
-            clip.hidden_size,
-        )?;
-        fits("vae", "latent_channels", (config.in_channels / 4).to_string(), vae.latent_channels)?;
+        fits(dir, "text_encoder_2", "d_model", config.joint_attention_dim, t5.d_model)?;
+        fits(dir, "text_encoder", "hidden_size", config.pooled_projection_dim, clip.hidden_size)?;
+        fits(dir, "vae", "latent_channels", config.in_channels / 4, vae.latent_channels)?;
 
         let open = |name: &str, stems: &[&str]| -> Result<Arc<Checkpoint>> {
             Ok(Arc::new(Checkpoint::open_dir(dir.join(name), stems)?))

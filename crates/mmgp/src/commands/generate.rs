@@ -1,21 +1,20 @@
-//! `mmgp generate`: a prompt becomes pictures.
+//! `mmgp generate`: a prompt becomes pictures or videos.
 
-use std::{
-    path::{Path, PathBuf},
-    sync::atomic::Ordering,
-    time::{Duration, Instant},
-};
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use mmgp::{
-    AdapterArg, Budget, Bytes, DeviceChoice, Event, Hardware, Names, Offload, Pipeline, Profile,
-    Request, Settings, Unfit, process_peak,
+    About, AdapterArg, Denoised, GuidanceSchedule, Offload, Pipeline, Request, Tiles, Unfit,
+    process_peak, read_picture,
 };
 
-use super::quantize::{Quantize, StoreArg};
+use super::{
+    machine::{Machine, stop_on_signal},
+    progress::Progress,
+    write::Out,
+};
 
-/// Draw pictures from a prompt.
+/// Draw pictures or videos from a prompt.
 ///
 /// Without --model, the small pipeline that comes with mmgp draws: it knows sixteen emoji, such as
 /// "red heart", "rocket", "cat face", "pizza", "penguin". What is not given is taken from the
@@ -26,9 +25,13 @@ Examples:
   mmgp generate \"red heart\"
   mmgp generate \"a picture of a rocket\" --count 4 --seed 7
   mmgp generate \"a lighthouse at dusk\" --model ~/models/FLUX.1-dev --budget 8GB --out lighthouse.png
+  mmgp generate \"a dog runs through snow\" --model ~/models/CogVideoX-5b --quantize int8 --out dog.mp4
+  mmgp generate \"the waves move\" --model ~/models/CogVideoX-5b-I2V --image sea.jpg --out sea.webp
 
 Budgets bound the weights in memory at one moment: 6MB, 1.5GB, 25% (of all weights), min, unlimited,
-or auto (unlimited if that fits half of the memory that is free). The picture is the same under all.")]
+or auto (unlimited if that fits half of the memory that is free). The picture is the same under all.
+
+Latents are kept beside the result until it is decoded: when that fails, `mmgp decode` goes on from them.")]
 pub(crate) struct Args {
     /// What to draw
     prompt: String,
@@ -36,6 +39,14 @@ pub(crate) struct Args {
     /// A pipeline's folder in diffusers' layout (with a model_index.json)
     #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
+
+    /// What to keep away from, for pipelines that guide by a second pass
+    #[arg(long, value_name = "PROMPT")]
+    negative: Option<String>,
+
+    /// The picture that a video begins with (PNG, JPEG or WebP; cut and scaled to the video's size)
+    #[arg(long, value_name = "FILE")]
+    image: Option<PathBuf>,
 
     /// Seed of the noise; the same seed draws the same noise as in diffusers. Picture i uses seed + i
     #[arg(long, default_value_t = 42)]
@@ -53,47 +64,33 @@ pub(crate) struct Args {
     #[arg(long, value_name = "PIXELS")]
     height: Option<usize>,
 
-    /// Guidance scale, for models that have a guidance embedding
+    /// Frames of a video
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u64).range(1..))]
+    frames: Option<u64>,
+
+    /// Frames a second of a video
+    #[arg(long, value_name = "RATE", value_parser = super::fps)]
+    fps: Option<f64>,
+
+    /// Guidance scale, for models that have a guidance embedding or guide by a second pass
     #[arg(long, value_name = "SCALE")]
     guidance: Option<f64>,
+
+    /// How the guidance scale goes over the steps: constant, or dynamic as CogVideoX's authors change it
+    #[arg(long, value_name = "HOW", value_parser = super::guidance_schedule)]
+    guidance_schedule: Option<GuidanceSchedule>,
 
     /// Tokens of the prompt that the long text encoder sees
     #[arg(long, value_name = "TOKENS")]
     max_sequence_length: Option<usize>,
 
-    /// Where to run: auto (a GPU if there is one), cpu, cuda or cuda:N. GPUs need `mmgp-cuda` beside
-    /// this command, or a build for CUDA
-    #[arg(long, default_value_t)]
-    device: DeviceChoice,
-
-    /// Limit on all weights in memory at one moment: 6MB, 25%, min, unlimited or auto
-    #[arg(long)]
-    budget: Option<String>,
-
-    /// The most VRAM of the whole process, such as 8GB: one card stands for a smaller one
-    #[arg(long, value_name = "BYTES", value_parser = bytes)]
-    vram_limit: Option<Bytes>,
-
-    /// Bytes a second at which weights are copied to the GPU at most, such as 12GB/s
-    #[arg(long, value_name = "BYTES/s", value_parser = rate)]
-    link_limit: Option<Bytes>,
-
-    /// Limits of single models in MiB, beside the budget of all: transformer=1200,*=3000
-    #[arg(long, value_name = "MODEL=MIB,…")]
-    budgets: Option<String>,
-
-    /// A preset by number or name: 1 HighRAM_HighVRAM, 2 HighRAM_LowVRAM, 3 LowRAM_HighVRAM,
-    /// 4 LowRAM_LowVRAM, 5 VerylowRAM_LowVRAM
-    #[arg(long)]
-    profile: Option<Profile>,
+    /// Whether a video's frames are decoded in tiles: on (where they are larger than the model's tile)
+    /// or off (more memory, no seams) [default: on]
+    #[arg(long, value_name = "on|off", value_parser = super::tiles)]
+    tiles: Option<Tiles>,
 
     #[command(flatten)]
-    quantize: Quantize,
-
-    /// Where quantized models, and times of passes, are kept for the next start: a folder, or `off`
-    /// [default: mmgp in the user's cache folder]
-    #[arg(long, value_name = "DIR|off")]
-    store: Option<StoreArg>,
+    machine: Machine,
 
     /// A LoRA and its weight, 1 if none is given; 0.2,0.8 changes it over the steps (repeatable)
     #[arg(long, value_name = "FILE[:WEIGHT]")]
@@ -103,80 +100,31 @@ pub(crate) struct Args {
     #[arg(long)]
     lora_lenient: bool,
 
-    /// 0: as --quiet; 2: print every setting, where it comes from, and whether it acts on this machine
-    #[arg(long, value_name = "LEVEL", default_value_t = 1, value_parser = clap::value_parser!(u8).range(0..=2))]
-    verbose: u8,
-
-    /// The file to write (.png; overwritten if it exists), or a folder [default: named after the
-    /// prompt, never overwriting]
+    /// The file to write: .png for a picture; .mp4, .gif, .webp or .png (a folder with a file for each
+    /// frame) for a video. Overwritten if it exists. Or a folder [default: named after the prompt, never
+    /// overwriting]
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
 
-    /// How many pictures
+    /// How many pictures or videos
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..))]
     count: u64,
-
-    /// Print neither plan nor progress nor report
-    #[arg(long, short)]
-    quiet: bool,
-}
-
-impl Args {
-    fn is_quiet(&self) -> bool {
-        self.quiet || self.verbose == 0
-    }
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
-    #[cfg(not(feature = "cuda"))]
-    crate::sibling::hand_over(args.device, |why| {
-        if !args.is_quiet() {
-            eprintln!("{why}");
-        }
-    })?;
-    let mut names = match &args.out {
-        Some(out) => Names::at(out, &args.prompt)?,
-        None => Names::of_prompt(&args.prompt),
-    };
+    args.machine.hand_over()?;
+    let quiet = args.machine.is_quiet();
     let dir = match &args.model {
         Some(dir) => dir.clone(),
         None => demo()?,
     };
-    let settings = settings(args)?;
-    if args.verbose >= 2 {
-        eprintln!("{}", settings.explain(&Hardware::detect()));
-    }
-    let mut builder = Offload::builder().device(args.device).settings(settings);
-    if let Some(limit) = args.vram_limit {
-        builder = builder.vram_limit(limit);
-    }
-    if let Some(limit) = args.link_limit {
-        builder = builder.link_limit(limit);
-    }
-    if let Some(store) = StoreArg::store(args.store.as_ref()) {
-        builder = builder.store(store, |line| eprintln!("{line}"));
-    }
-    let mut offload = builder.build()?;
-    let mut pipeline = offload.pipeline(&dir)?;
-    let request = request(args, &*pipeline);
+    let (mut offload, mut pipeline) = args.machine.open(&dir)?;
+    let request = request(args, &*pipeline)?;
     pipeline.check(&request).map_err(mmgp::Error::from)?;
+    let mut out = Out::new(args.out.as_deref(), &request)?;
     warn_unused(&*pipeline);
 
-    let budget = args.budget.as_ref().or(pipeline.defaults().budget.as_ref());
-    if let Some(budget) = budget {
-        offload.set_budget(budget.parse::<Budget>().map_err(mmgp::Error::from)?);
-    }
-    let mut plan = match offload.plan_for(&*pipeline, &request) {
-        // The pipeline's own default was made for its weights as they are stored.
-        Err(mmgp::Error::Residency(mmgp_residency::Error::BudgetTooSmall { minimum, .. }))
-            if args.budget.is_none() =>
-        {
-            eprintln!("note: the pipeline's default budget is too small here; using {minimum}");
-            offload.set_budget(Budget::Min);
-            offload.plan_for(&*pipeline, &request)?
-        }
-        plan => plan?,
-    };
+    let mut plan = args.machine.plan(&mut offload, &*pipeline, &request)?;
     if !args.lora.is_empty() {
         let unfit = if args.lora_lenient { Unfit::Skip } else { Unfit::Fail };
         for skipped in offload.load_loras_into_model(&mut *pipeline, &args.lora, unfit)? {
@@ -185,66 +133,74 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         }
         plan = offload.plan_for(&*pipeline, &request)?;
     }
-    if !args.is_quiet() {
+    if !quiet {
         eprintln!("{plan}");
     }
     stop_on_signal(&offload)?;
 
     for i in 0..args.count {
         let request = Request { seed: request.seed.wrapping_add(i), ..request.clone() };
-        let mut progress = Progress::new(args.is_quiet());
-        let picture =
-            offload.generate(&mut *pipeline, &request, &mut |event| progress.tell(&event));
-        progress.finish();
-        let picture = match picture {
-            Err(error) if offload.heal(&error) => {
-                bail!(
-                    "{error}; it was removed from the store: run the command again to make it anew"
-                )
-            }
-            picture => picture?,
+        let mut progress = Progress::new(quiet);
+        let mut tell = |event| progress.tell(&event);
+        let latents = heal(&offload, offload.denoise(&mut *pipeline, &request, &mut tell))?;
+        let hash = hash(&latents.values);
+        let about = About {
+            class: pipeline.class().to_string(),
+            model: dir.canonicalize().unwrap_or_else(|_| dir.clone()),
+            fps: args.fps.unwrap_or(pipeline.defaults().fps),
+            text: text(args, &*pipeline, &request),
+            request,
         };
-        let path = names.write(&picture, &text(args, &*pipeline, &request))?;
-        println!("wrote {} (latents {})", path.display(), hash(&picture.latents));
+        let denoised = Denoised { about, latents };
+        let kept = out.keep(&denoised)?;
+        let decoded = out.decode(&offload, &mut *pipeline, &denoised, &mut progress);
+        let path = heal(&offload, decoded).with_context(|| {
+            let kept = kept.display();
+            format!("the latents are kept in {kept}, and `mmgp decode {kept}` goes on from there")
+        })?;
+        std::fs::remove_file(&kept).with_context(|| kept.display().to_string())?;
+        println!("wrote {} (latents {hash})", path.display());
     }
-    if !args.is_quiet() {
+    finish(&args.machine, &offload);
+    Ok(())
+}
+
+/// What happened, for those who want to know.
+pub(crate) fn finish(machine: &Machine, offload: &Offload) {
+    if !machine.is_quiet() {
         eprintln!("{}", offload.report());
         if let Some(peak) = process_peak() {
             eprintln!("the process' memory peaked at {peak}");
         }
     }
-    Ok(())
 }
 
-fn bytes(text: &str) -> Result<Bytes, String> {
-    let amount = Bytes::parse(text).filter(|bytes| bytes.0 > 0);
-    amount.ok_or_else(|| "expected an amount such as 8GB or 6000MiB".into())
+/// What failed because of a damaged entry of the store says how to go on.
+fn heal<T>(offload: &Offload, result: mmgp::Result<T>) -> anyhow::Result<T> {
+    match result {
+        Err(error) if offload.heal(&error) => {
+            bail!("{error}; it was removed from the store: run the command again to make it anew")
+        }
+        result => Ok(result?),
+    }
 }
 
-fn rate(text: &str) -> Result<Bytes, String> {
-    bytes(text.strip_suffix("/s").unwrap_or(text))
-        .map_err(|_| "expected an amount a second such as 12GB/s".into())
-}
-
-fn request(args: &Args, pipeline: &dyn Pipeline) -> Request {
+fn request(args: &Args, pipeline: &dyn Pipeline) -> anyhow::Result<Request> {
     let mut request = pipeline.defaults().request(&args.prompt);
     request.seed = args.seed;
+    request.negative = args.negative.clone().unwrap_or_default();
     request.steps = args.steps.map_or(request.steps, |steps| steps as usize);
     request.width = args.width.unwrap_or(request.width);
     request.height = args.height.unwrap_or(request.height);
+    request.frames = args.frames.map_or(request.frames, |frames| frames as usize);
     request.guidance = args.guidance.unwrap_or(request.guidance);
+    request.guidance_schedule = args.guidance_schedule.unwrap_or(request.guidance_schedule);
     request.max_sequence_length = args.max_sequence_length.unwrap_or(request.max_sequence_length);
-    request
-}
-
-/// The profile's settings, or the defaults, with what the options override.
-fn settings(args: &Args) -> anyhow::Result<Settings> {
-    let mut settings = args.profile.map_or_else(Settings::default, Profile::settings);
-    if let Some(budgets) = &args.budgets {
-        settings.set("budgets", budgets).map_err(mmgp::Error::from).context("--budgets")?;
+    request.tiles = args.tiles.unwrap_or(request.tiles);
+    if let Some(image) = &args.image {
+        request.image = Some(read_picture(image, request.width, request.height)?);
     }
-    args.quantize.apply(&mut settings)?;
-    Ok(settings)
+    Ok(request)
 }
 
 /// The pipeline that comes with mmgp: beside its source, or where it is installed.
@@ -283,32 +239,25 @@ fn warn_unused(pipeline: &dyn Pipeline) {
     }
 }
 
-/// The first Ctrl-C stops at the next block, the second at once.
-fn stop_on_signal(offload: &Offload) -> anyhow::Result<()> {
-    let cancel = offload.cancel_flag();
-    ctrlc::set_handler(move || {
-        if cancel.swap(true, Ordering::Relaxed) {
-            std::process::exit(130);
-        }
-        eprintln!("\nstopping after this block; again to stop at once");
-    })
-    .context("cannot listen for Ctrl-C")
-}
-
 /// What goes into the file: what decides its pixels, nothing that depends on the plan.
-fn text(args: &Args, pipeline: &dyn Pipeline, request: &Request) -> Vec<(&'static str, String)> {
+fn text(args: &Args, pipeline: &dyn Pipeline, request: &Request) -> Vec<(String, String)> {
     let mut recipe: Vec<_> =
         pipeline.recipe(request).iter().map(|(k, v)| format!("{k}: {v}")).collect();
     for AdapterArg { file, weights } in &args.lora {
         let name = file.file_name().unwrap_or(file.as_os_str()).to_string_lossy();
         recipe.push(format!("lora: {name} at {weights}"));
     }
-    vec![
+    if let Some(image) = &args.image {
+        recipe.push(format!("image: {}", image.display()));
+    }
+    [
         ("Software", format!("mmgp {}", env!("CARGO_PKG_VERSION"))),
         ("prompt", request.prompt.clone()),
         ("seed", request.seed.to_string()),
         ("recipe", recipe.join("; ")),
     ]
+    .map(|(keyword, text)| (keyword.to_string(), text))
+    .to_vec()
 }
 
 /// BLAKE3 of the latents' little-endian f32, the first 128 bits.
@@ -318,70 +267,4 @@ fn hash(latents: &[f32]) -> String {
         hasher.update(&value.to_le_bytes());
     }
     hasher.finalize().to_hex()[..32].to_string()
-}
-
-/// A bar per denoising run, with seconds per step; where there is no terminal to draw it on, a line per step.
-struct Progress {
-    bar: ProgressBar,
-    lines: bool,
-    step: Option<Instant>,
-    last: Duration,
-}
-
-impl Progress {
-    fn new(quiet: bool) -> Self {
-        let target =
-            if quiet { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
-        let bar = ProgressBar::with_draw_target(None, target);
-        let lines = !quiet && bar.is_hidden();
-        Self { bar, lines, step: None, last: Duration::ZERO }
-    }
-
-    fn tell(&mut self, event: &Event) {
-        match event {
-            Event::Encoding => self.bar.set_message("encoding the prompt"),
-            Event::Cut { encoder, limit, text } => self.bar.suspend(|| {
-                eprintln!(
-                    "warning: the prompt is longer than the {limit} tokens that {encoder} sees; cut: {text:?}"
-                );
-            }),
-            Event::Step { index, of } => {
-                if let Some(begun) = self.step.replace(Instant::now()) {
-                    self.last = begun.elapsed();
-                    self.line(*index, *of);
-                } else if let Ok(style) =
-                    ProgressStyle::with_template("{bar:30} step {pos}/{len}  {msg}  {elapsed_precise}")
-                {
-                    self.bar.set_style(style);
-                    self.bar.set_length(*of as u64);
-                }
-                self.bar.set_position(*index as u64);
-                if *index > 0 {
-                    self.bar.set_message(format!("{:.2} s/step", self.last.as_secs_f64()));
-                }
-            }
-            Event::Decoding => {
-                if let Some(begun) = self.step.take() {
-                    self.last = begun.elapsed();
-                    let steps = self.bar.length().unwrap_or(0) as usize;
-                    self.line(steps, steps);
-                }
-                self.bar.set_position(self.bar.length().unwrap_or(0));
-                let last = self.last.as_secs_f64();
-                self.bar.set_message(format!("{last:.2} s/step, decoding"));
-            }
-            _ => {}
-        }
-    }
-
-    /// So many steps are done.
-    fn line(&self, done: usize, of: usize) {
-        if self.lines {
-            eprintln!("step {done} of {of}: {:.2} s", self.last.as_secs_f64());
-        }
-    }
-
-    fn finish(&self) {
-        self.bar.finish_and_clear();
-    }
 }

@@ -3,7 +3,7 @@
 use std::{convert::Infallible, path::PathBuf, str::FromStr};
 
 use anyhow::Context;
-use mmgp::{Settings, Store};
+use mmgp::{Bytes, Settings, Store};
 
 #[derive(clap::Args)]
 pub(crate) struct Quantize {
@@ -40,6 +40,31 @@ impl StoreArg {
             Some(StoreArg::At(folder)) => Some(Store::at(folder)),
             None => Store::of_user(),
         }
+    }
+}
+
+/// Options on what is kept for the next start.
+#[derive(clap::Args)]
+pub(crate) struct Keep {
+    /// Where quantized models, and times of passes, are kept for the next start: a folder, or `off`
+    /// [default: mmgp in the user's cache folder]
+    #[arg(long, value_name = "DIR|off")]
+    store: Option<StoreArg>,
+
+    /// Disk space that stays free beside what is kept, such as 20GB; where it would not, models are
+    /// quantized at each start [default: a tenth of the disk]
+    #[arg(long, value_name = "BYTES", value_parser = super::bytes)]
+    store_spare: Option<Bytes>,
+}
+
+impl Keep {
+    /// The store that is meant, if any.
+    pub(crate) fn store(&self) -> Option<Store> {
+        let store = StoreArg::store(self.store.as_ref())?;
+        Some(match self.store_spare {
+            Some(spare) => store.with_spare(spare),
+            None => store,
+        })
     }
 }
 
