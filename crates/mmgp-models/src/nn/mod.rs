@@ -29,5 +29,5 @@ pub use group_norm::GroupNorm;
 pub use heads::{Heads, gated_add};
 pub use modulation::Modulation;
 pub use norms::{LayerNorm, RmsNorm, layer_norm_modulated};
-pub use rope::Rope;
+pub use rope::{Pairs, Rope};
 pub use spread::spread_affine_silu;
