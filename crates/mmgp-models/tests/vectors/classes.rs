@@ -21,6 +21,7 @@ use mmgp_models::{
     },
     text::{
         clip::{ClipConfig, ClipText, Projection},
+        llama::{LlamaConfig, LlamaEncoder},
         t5::{T5Config, T5Encoder},
     },
     vae::{
@@ -47,6 +48,7 @@ pub(crate) fn run(case: &Case) -> Result<Outcome, Error> {
         (_, "T5EncoderModel") => model(case, t5),
         (_, "CLIPTextModel") => model(case, |case, b| clip(case, b, Projection::No)),
         (_, "CLIPTextModelWithProjection") => model(case, |case, b| clip(case, b, Projection::Yes)),
+        (_, "LlamaModel") => model(case, llama),
         (_, "CogVideoXTransformer3DModel") => model(case, cogvideox),
         ("vae_decoder", "AutoencoderKL") => model(case, decoder),
         ("vae_encoder", "AutoencoderKL") => model(case, encoder),
@@ -194,6 +196,20 @@ fn clip(case: &Case, builder: ModelBuilder, projection: Projection) -> Result<Fo
             ("penultimate_hidden_state", output.penultimate_hidden_state),
             (pooled, output.pooled),
         ]))
+    }))
+}
+
+fn llama(case: &Case, builder: ModelBuilder) -> Result<Forward<'_>, Error> {
+    let config = LlamaConfig::from_file(case.dir.join("config.json"))?;
+    let model = LlamaEncoder::new(&config, 1, builder)?;
+    all_used(model.unused())?;
+    Ok(Box::new(move || {
+        let (ids, mask) = (case.input("input_ids")?, case.input("attention_mask")?);
+        let tokens = mask.to_dtype(DType::F32)?.unsqueeze(2)?;
+        let state = |end: usize| -> Result<Tensor, Error> {
+            Ok(model.forward(ids, Some(mask), end)?.broadcast_mul(&tokens)?)
+        };
+        Ok(Outputs::from([("hidden_states.-3", state(3)?), ("last_hidden_state", state(1)?)]))
     }))
 }
 
