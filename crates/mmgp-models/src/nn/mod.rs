@@ -21,7 +21,7 @@ mod spread;
 
 pub use activation::{Activation, join_gelu};
 pub use attention::{attention, attention_up_to, causal_mask, chunk_rows};
-pub use conv::{Conv2d, Window, strip_rows};
+pub use conv::{Conv2d, Padding, Window, strip_rows};
 pub use conv3d::Conv3d;
 pub use embed::{Mlp, timestep_embedding};
 pub use feed_forward::FeedForward;
