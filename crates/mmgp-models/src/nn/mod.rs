@@ -16,6 +16,7 @@ mod group_norm;
 mod heads;
 mod modulation;
 mod norms;
+mod patch;
 mod rope;
 mod spread;
 
@@ -29,5 +30,6 @@ pub use group_norm::GroupNorm;
 pub use heads::{Heads, gated_add};
 pub use modulation::Modulation;
 pub use norms::{LayerNorm, RmsNorm, layer_norm_modulated};
+pub use patch::{Patch, PatchConv};
 pub use rope::{Pairs, Rope};
 pub use spread::spread_affine_silu;
