@@ -7,4 +7,4 @@ pub mod cogvideox;
 mod cogvideox_parts;
 pub mod kl;
 mod kl_parts;
-mod tiling;
+pub(crate) mod tiling;
