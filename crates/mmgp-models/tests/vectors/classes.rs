@@ -10,6 +10,7 @@ use mmgp_io::Checkpoint;
 use mmgp_models::{
     cogvideox::{CogVideoXConfig, CogVideoXInputs, CogVideoXTransformer, positions},
     flux::{FluxConfig, FluxInputs, FluxTransformer, latents},
+    hunyuanvideo::{HunyuanVideoConfig, HunyuanVideoInputs, HunyuanVideoTransformer, prompt},
     nn::Rope,
     schedulers::{
         ddim::Ddim,
@@ -50,6 +51,7 @@ pub(crate) fn run(case: &Case) -> Result<Outcome, Error> {
         (_, "CLIPTextModelWithProjection") => model(case, |case, b| clip(case, b, Projection::Yes)),
         (_, "LlamaModel") => model(case, llama),
         (_, "CogVideoXTransformer3DModel") => model(case, cogvideox),
+        (_, "HunyuanVideoTransformer3DModel") => model(case, hunyuanvideo),
         ("vae_decoder", "AutoencoderKL") => model(case, decoder),
         ("vae_encoder", "AutoencoderKL") => model(case, encoder),
         ("vae_decoder", "AutoencoderKLCogVideoX") => model(case, cogvideox_decoder),
@@ -225,6 +227,25 @@ fn cogvideox_decoder(case: &Case, builder: ModelBuilder) -> Result<Forward<'_>, 
     let model = CogVideoXDecoder::new(&config, builder)?;
     all_used(model.unused())?;
     Ok(Box::new(move || Ok(Outputs::from([("sample", model.decode(case.input("latents")?)?)]))))
+}
+
+fn hunyuanvideo(case: &Case, builder: ModelBuilder) -> Result<Forward<'_>, Error> {
+    let config = HunyuanVideoConfig::from_file(case.dir.join("config.json"))?;
+    let model = HunyuanVideoTransformer::new(&config, builder)?;
+    all_used(model.unused())?;
+    let mask = case.input("encoder_attention_mask")?.to_dtype(DType::U32)?;
+    let lengths = prompt::lengths(&mask.to_vec2()?)?;
+    Ok(Box::new(move || {
+        let sample = model.forward(&HunyuanVideoInputs {
+            hidden_states: case.input("hidden_states")?,
+            timestep: case.input("timestep")?,
+            encoder_hidden_states: case.input("encoder_hidden_states")?,
+            text_lengths: &lengths,
+            pooled_projections: case.input("pooled_projections")?,
+            guidance: case.optional_input("guidance"),
+        })?;
+        Ok(Outputs::from([("sample", sample)]))
+    }))
 }
 
 fn encoder(case: &Case, builder: ModelBuilder) -> Result<Forward<'_>, Error> {
