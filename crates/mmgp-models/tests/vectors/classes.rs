@@ -10,7 +10,10 @@ use mmgp_io::Checkpoint;
 use mmgp_models::{
     cogvideox::{CogVideoXConfig, CogVideoXInputs, CogVideoXTransformer, positions},
     flux::{FluxConfig, FluxInputs, FluxTransformer, latents},
-    hunyuanvideo::{HunyuanVideoConfig, HunyuanVideoInputs, HunyuanVideoTransformer, prompt},
+    hunyuanvideo::{
+        HunyuanVideoConfig, HunyuanVideoDecoder, HunyuanVideoInputs, HunyuanVideoTransformer,
+        HunyuanVideoVaeConfig, Tiling, prompt,
+    },
     nn::Rope,
     schedulers::{
         ddim::Ddim,
@@ -52,6 +55,7 @@ pub(crate) fn run(case: &Case) -> Result<Outcome, Error> {
         (_, "LlamaModel") => model(case, llama),
         (_, "CogVideoXTransformer3DModel") => model(case, cogvideox),
         (_, "HunyuanVideoTransformer3DModel") => model(case, hunyuanvideo),
+        ("vae_decoder", "AutoencoderKLHunyuanVideo") => model(case, hunyuanvideo_decoder),
         ("vae_decoder", "AutoencoderKL") => model(case, decoder),
         ("vae_encoder", "AutoencoderKL") => model(case, encoder),
         ("vae_decoder", "AutoencoderKLCogVideoX") => model(case, cogvideox_decoder),
@@ -244,6 +248,16 @@ fn hunyuanvideo(case: &Case, builder: ModelBuilder) -> Result<Forward<'_>, Error
             pooled_projections: case.input("pooled_projections")?,
             guidance: case.optional_input("guidance"),
         })?;
+        Ok(Outputs::from([("sample", sample)]))
+    }))
+}
+
+fn hunyuanvideo_decoder(case: &Case, builder: ModelBuilder) -> Result<Forward<'_>, Error> {
+    let config = HunyuanVideoVaeConfig::from_file(case.dir.join("config.json"))?;
+    let model = HunyuanVideoDecoder::new(&config, builder)?;
+    all_used(model.unused())?;
+    Ok(Box::new(move || {
+        let sample = model.decode(case.input("latents")?, &Tiling::of_time())?;
         Ok(Outputs::from([("sample", sample)]))
     }))
 }
