@@ -36,6 +36,7 @@ pub mod cogvideox;
 mod config;
 mod error;
 pub mod flux;
+pub mod hunyuanvideo;
 pub mod nn;
 pub mod noise;
 mod pipeline;

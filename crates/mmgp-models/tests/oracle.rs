@@ -1,16 +1,21 @@
-//! T5 and CLIP against candle-transformers' own, on the demo's weights, two texts at a time.
+//! T5 and CLIP against candle-transformers' own, on the demo's weights, two texts at a time; Llama on
+//! random ones.
 
 use std::{
+    collections::HashMap,
     path::{Path, PathBuf},
     sync::Arc,
 };
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
-use candle_transformers::models::{clip::text_model as theirs_clip, t5 as theirs_t5};
+use candle_transformers::models::{
+    clip::text_model as theirs_clip, llama as theirs_llama, t5 as theirs_t5,
+};
 use mmgp_io::Checkpoint;
 use mmgp_models::text::{
     clip::{ClipConfig, ClipText, Projection},
+    llama::{LlamaConfig, LlamaEncoder},
     t5::{T5Config, T5Encoder},
 };
 use mmgp_residency::{Budget, ModelBuilder, Pager};
@@ -95,5 +100,67 @@ fn clip_equals_candle() -> Result<()> {
     }
     assert!(ours.forward(&Tensor::zeros((1, 78), DType::U32, &Device::Cpu)?).is_err());
     assert!(ours.forward(&Tensor::full(1536u32, (1, 3), &Device::Cpu)?).is_err());
+    Ok(())
+}
+
+#[test]
+fn llama_equals_candle() -> Result<()> {
+    // As many words as the stream is wide, so that a head that is the identity gives hidden states.
+    const WIDTH: usize = 48;
+    let json = serde_json::json!({
+        "hidden_size": WIDTH, "vocab_size": WIDTH, "intermediate_size": 92, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5,
+        "rope_theta": 100.0, "max_position_embeddings": 256,
+        "rope_scaling": {
+            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64
+        }
+    });
+    let dir = tempfile::tempdir()?;
+    let config = dir.path().join("config.json");
+    std::fs::write(&config, json.to_string())?;
+    let mut tensors = HashMap::new();
+    let mut add = |name: String, shape: &[usize]| -> Result<()> {
+        let norm = name.contains("norm");
+        let (mean, deviation) = if norm { (1f32, 0.3) } else { (0., 0.15) };
+        tensors.insert(name, Tensor::randn(mean, deviation, shape, &Device::Cpu)?);
+        Ok(())
+    };
+    add("model.embed_tokens.weight".into(), &[WIDTH, WIDTH])?;
+    add("model.norm.weight".into(), &[WIDTH])?;
+    for i in 0..3 {
+        for (name, shape) in [
+            ("input_layernorm", &[WIDTH][..]),
+            ("post_attention_layernorm", &[WIDTH]),
+            ("self_attn.q_proj", &[WIDTH, WIDTH]),
+            ("self_attn.k_proj", &[WIDTH / 2, WIDTH]),
+            ("self_attn.v_proj", &[WIDTH / 2, WIDTH]),
+            ("self_attn.o_proj", &[WIDTH, WIDTH]),
+            ("mlp.gate_proj", &[92, WIDTH]),
+            ("mlp.up_proj", &[92, WIDTH]),
+            ("mlp.down_proj", &[WIDTH, 92]),
+        ] {
+            add(format!("model.layers.{i}.{name}.weight"), shape)?;
+        }
+    }
+    let file = dir.path().join("model.safetensors");
+    candle_core::safetensors::save(&tensors, &file)?;
+    tensors.insert("lm_head.weight".into(), Tensor::eye(WIDTH, DType::F32, &Device::Cpu)?);
+    let theirs: theirs_llama::LlamaConfig = serde_json::from_value(json)?;
+    let theirs_config = theirs.into_config(false);
+    let weights = VarBuilder::from_tensors(tensors, DType::F32, &Device::Cpu);
+    let theirs = theirs_llama::Llama::load(weights, &theirs_config)?;
+
+    let pager = Pager::new(&Device::Cpu)?;
+    let builder = ModelBuilder::new(&pager, "llama", Arc::new(Checkpoint::open(&file)?));
+    let ours = LlamaEncoder::new(&LlamaConfig::from_file(&config)?, 1, builder)?;
+    pager.plan(Budget::Min)?;
+    for tokens in [4, 33, 150] {
+        let ids = ids(WIDTH as u32, tokens, 1)?;
+        let mut cache = theirs_llama::Cache::new(false, DType::F32, &theirs_config, &Device::Cpu)?;
+        // Theirs tells the last token only.
+        let want = theirs.forward(&ids, 0, &mut cache)?;
+        near(&ours.forward(&ids, None, 1)?.narrow(1, tokens - 1, 1)?.squeeze(1)?, &want)?;
+    }
     Ok(())
 }

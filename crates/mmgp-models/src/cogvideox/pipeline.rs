@@ -136,6 +136,7 @@ impl CogVideoXPipeline {
         fits(dir, "transformer", "out_channels", vae.latent_channels, config.out_channels)?;
         let ratio = 1 << vae.time_doublings();
         fits(
+            dir,
             "transformer",
             "temporal_compression_ratio",
             ratio,

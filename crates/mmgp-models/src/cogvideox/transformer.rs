@@ -11,7 +11,9 @@ use parking_lot::Mutex;
 use crate::{
     Error, Result,
     cogvideox::{CogVideoXBlock, CogVideoXConfig, positions::Sinusoids},
-    nn::{Activation, LayerNorm, Mlp, Modulation, Rope, Samples, timestep_embedding},
+    nn::{
+        Activation, LayerNorm, Mlp, Modulation, Patch, PatchConv, Rope, Samples, timestep_embedding,
+    },
 };
 
 const THETA: f64 = 10000.;
@@ -361,46 +363,9 @@ impl Stem {
     }
 }
 
-/// How latents are cut: `frames` × `side` × `side` values of each channel make a patch.
-#[derive(Clone, Copy, Debug)]
-struct Patch {
-    frames: usize,
-    side: usize,
-}
-
-impl Patch {
-    /// The values of a patch of `channels`.
-    fn values(self, channels: usize) -> usize {
-        channels * self.frames * self.side * self.side
-    }
-
-    /// `[batch, frames, channels, height, width]` to `[batch, patches, values]`, the values of a patch
-    /// channel by channel, frame by frame, row by row.
-    fn cut(self, x: &Tensor) -> CandleResult<Tensor> {
-        let (batch, frames, channels, height, width) = x.dims5()?;
-        let (t, p) = (self.frames, self.side);
-        let (f, h, w) = (frames / t, height / p, width / p);
-        x.reshape(vec![batch, f, t, channels, h, p, w, p])?
-            .permute([0, 1, 4, 6, 3, 2, 5, 7])?
-            .contiguous()?
-            .reshape((batch, f * h * w, self.values(channels)))
-    }
-
-    /// What [`Patch::cut`] undoes: `grid` is the patches in frames, rows and columns.
-    fn join(self, x: &Tensor, [f, h, w]: [usize; 3]) -> CandleResult<Tensor> {
-        let (batch, _, values) = x.dims3()?;
-        let (t, p) = (self.frames, self.side);
-        let channels = values / self.values(1);
-        x.reshape(vec![batch, f, h, w, channels, t, p, p])?
-            .permute([0, 1, 5, 4, 2, 6, 3, 7])?
-            .contiguous()?
-            .reshape((batch, f * t, channels, h * p, w * p))
-    }
-}
-
 /// The embedding of patches, stored as a convolution before 1.5 and as a linear layer since.
 enum Patches {
-    Convolution { weight: Tensor, bias: Option<Tensor> },
+    Convolution(PatchConv),
     Linear(Linear),
 }
 
@@ -411,58 +376,16 @@ impl Patches {
             // `patch_bias` is about the convolution only.
             return Ok(Self::Linear(weights.linear(patch.values(channels), hidden, Bias::Yes)?));
         }
-        let weight = weights.tensor(&[hidden, channels, patch.side, patch.side], "weight")?;
-        let bias = match config.patch_bias {
-            true => Some(weights.tensor(&[hidden], "bias")?),
-            false => None,
-        };
-        Ok(Self::Convolution { weight, bias })
+        let (shape, bias) =
+            ([hidden, channels, patch.side, patch.side], Bias::from(config.patch_bias));
+        Ok(Self::Convolution(PatchConv::new(weights, &shape, bias)?))
     }
 
     /// `[batch, patches, values]` to `[batch, patches, hidden]`.
     fn forward(&self, rows: &Tensor) -> CandleResult<Tensor> {
         match self {
             Self::Linear(linear) => linear.forward(rows),
-            Self::Convolution { weight, bias } => {
-                // Windows that do not overlap: a product with each patch.
-                let (batch, patches, values) = rows.dims3()?;
-                let weight = weight.flatten_from(1)?.t()?;
-                let y = rows.reshape((batch * patches, values))?.matmul(&weight)?;
-                let y = match bias {
-                    Some(bias) => y.broadcast_add(bias)?,
-                    None => y,
-                };
-                y.reshape((batch, patches, ()))
-            }
+            Self::Convolution(conv) => conv.forward(rows),
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn patches_hold_channels_then_frames_then_rows() -> CandleResult<()> {
-        let patch = Patch { frames: 2, side: 2 };
-        let shape = [1, 4, 3, 4, 6];
-        let count: usize = shape.iter().product();
-        let x = Tensor::arange(0f32, count as f32, &Device::Cpu)?.reshape(&shape[..])?;
-        let rows = patch.cut(&x)?;
-        assert_eq!(rows.dims(), [1, 2 * 2 * 3, 24]);
-        let at = |f, c, h, w| (((f * 3 + c) * 4 + h) * 6 + w) as f32;
-        // The patch of frames 2 and 3, rows 2 and 3, columns 4 and 5 is the last one.
-        let last = rows.squeeze(0)?.to_vec2::<f32>()?.pop().unwrap_or_default();
-        let mut want = Vec::new();
-        for (c, f) in (0..3).flat_map(|c| [2, 3].map(|f| (c, f))) {
-            for h in [2, 3] {
-                want.extend([4, 5].map(|w| at(f, c, h, w)));
-            }
-        }
-        assert_eq!(last, want);
-        let back = patch.join(&rows, [2, 2, 3])?;
-        assert_eq!(back.dims(), shape);
-        assert_eq!(back.flatten_all()?.to_vec1::<f32>()?, x.flatten_all()?.to_vec1::<f32>()?);
-        Ok(())
     }
 }

@@ -57,6 +57,36 @@ impl Activation {
         };
         map(x, kernel)
     }
+
+    /// f(a) · b of `x` = `[a, b]` along its last dimension, `[…, 2n]` to `[…, n]`: what stands between
+    /// the products of a gated feed-forward ([GLU variants](https://arxiv.org/abs/2002.05202)).
+    ///
+    /// # Errors
+    /// An odd width; weights that are not leased.
+    pub fn gate(self, x: &Tensor) -> Result<Tensor> {
+        let width = x.dim(D::Minus1)?;
+        if !width.is_multiple_of(2) {
+            candle_core::bail!("gate: {:?} has no two halves", x.dims());
+        }
+        let n = width / 2;
+        if self != Self::Silu || !x.device().is_cpu() || x.dtype() != DType::F32 {
+            let part = |first: usize| x.narrow(D::Minus1, first, n)?.contiguous();
+            return self.apply(&part(0)?)? * part(n)?;
+        }
+        let x = x.contiguous()?;
+        let mut out = vec![0f32; x.elem_count() / 2];
+        cpu::read(&x, |x| {
+            cpu::rows(&mut out, n, |i, row| {
+                let (a, b) = x[i * width..(i + 1) * width].split_at(n);
+                row.iter_mut().zip(a.iter().zip(b)).for_each(|(y, (&a, b))| *y = silu(a) * b);
+            });
+            Ok(())
+        })?;
+        let mut shape = x.dims().to_vec();
+        shape.pop();
+        shape.push(n);
+        cpu::tensor(out, shape)
+    }
 }
 
 /// `[a, gelu_tanh(x[…, first..])]` along the last dimension: what the output projection of a fused
@@ -142,6 +172,21 @@ mod tests {
         }
         assert_eq!(Activation::parse("gelu"), Some(Activation::Gelu));
         assert_eq!(Activation::parse("mish"), None);
+        Ok(())
+    }
+
+    #[test]
+    fn the_first_half_is_activated_and_gates_the_second() -> Result<()> {
+        let dev = Device::Cpu;
+        let x = Tensor::randn(0f32, 2., (2, 3, 10), &dev)?;
+        let (a, b) = (x.narrow(2, 0, 5)?, x.narrow(2, 5, 5)?);
+        for (activation, f) in [(Activation::Silu, a.silu()?), (Activation::Gelu, a.gelu_erf()?)] {
+            let got = activation.gate(&x)?;
+            assert_eq!(got.dims(), [2, 3, 5]);
+            let worst = (got - (f * &b)?)?.abs()?.max_all()?.to_scalar::<f32>()?;
+            assert!(worst < 2e-6, "{activation:?} {worst}");
+        }
+        assert!(Activation::Silu.gate(&x.narrow(2, 0, 7)?).is_err());
         Ok(())
     }
 

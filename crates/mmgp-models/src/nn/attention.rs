@@ -24,10 +24,11 @@ pub fn chunk_rows(planes: usize, queries: usize, keys: usize) -> usize {
 /// softmax(q · kᵀ · scale + bias₁ + bias₂ + …) · v with the heads merged:
 /// [Attention Is All You Need](https://arxiv.org/abs/1706.03762), equation 1.
 ///
-/// `q` is `[batch, heads, queries, d]`, `k` `[batch, heads, keys, d]`, `v` `[batch, heads, keys, e]`,
+/// `q` is `[batch, heads, queries, d]`, `k` `[batch, groups, keys, d]`, `v` `[batch, groups, keys, e]`,
 /// all f32 on the CPU; each of `biases` has four dimensions that broadcast to
-/// `[batch, heads, queries, keys]` (a mask is a bias of large negative numbers). The result is
-/// `[batch, queries, heads · e]`.
+/// `[batch, heads, queries, keys]` (a mask is a bias of large negative numbers). As many neighbouring
+/// heads share keys and values as `groups` is smaller than `heads`
+/// ([GQA](https://arxiv.org/abs/2305.13245)). The result is `[batch, queries, heads · e]`.
 ///
 /// # Errors
 /// Shapes that do not fit each other.
@@ -39,18 +40,24 @@ pub fn attention(
     biases: &[&Tensor],
 ) -> Result<Tensor> {
     let (batch, heads, queries, d) = q.dims4()?;
-    let (_, _, keys, e) = v.dims4()?;
+    let (_, groups, keys, e) = v.dims4()?;
+    if groups == 0 || !heads.is_multiple_of(groups) {
+        candle_core::bail!("attention: {heads} heads over keys and values of {groups}");
+    }
     let planes = batch * heads;
+    // The heads of a group are more rows of one product.
+    let (products, sharing) = (batch * groups, heads / groups);
     // Contiguous, because candle multiplies some strided batches wrongly on the CPU.
     let q = q.contiguous()?.reshape((planes, queries, d))?;
-    let k = k.contiguous()?.reshape((planes, keys, d))?.transpose(1, 2)?;
-    let v = v.contiguous()?.reshape((planes, keys, e))?;
+    let k = k.contiguous()?.reshape((products, keys, d))?.transpose(1, 2)?;
+    let v = v.contiguous()?.reshape((products, keys, e))?;
     let out = Tensor::zeros((batch, queries, heads * e), q.dtype(), q.device())?;
     let rows = chunk_rows(planes, queries, keys);
     let biases = biases.iter().map(|b| b.to_dtype(q.dtype())).collect::<Result<Vec<_>>>()?;
     for from in (0..queries).step_by(rows) {
         let rows = rows.min(queries - from);
-        let scores = q.narrow(1, from, rows)?.contiguous()?.matmul(&k)?;
+        let own = q.narrow(1, from, rows)?.contiguous()?.reshape((products, sharing * rows, d))?;
+        let scores = own.matmul(&k)?.reshape((planes, rows, keys))?;
         let weights = if biases.is_empty() {
             scaled_softmax(scores, scale)?
         } else {
@@ -62,7 +69,8 @@ pub fn attention(
             }
             scaled_softmax(scores.reshape((planes, rows, keys))?, 1.)?
         };
-        let mixed = weights.matmul(&v)?.reshape((batch, heads, rows, e))?;
+        let mixed = weights.reshape((products, sharing * rows, keys))?.matmul(&v)?;
+        let mixed = mixed.reshape((batch, heads, rows, e))?;
         let merged = mixed.transpose(1, 2)?.contiguous()?.reshape((batch, rows, heads * e))?;
         if rows == queries {
             return Ok(merged);
@@ -70,6 +78,35 @@ pub fn attention(
         out.slice_set(&merged, 1, from)?;
     }
     Ok(out)
+}
+
+/// [`attention`] without biases in which item `i` of the batch sees only its first `keys[i]` keys:
+/// those behind are padding, on which no time is spent.
+///
+/// # Errors
+/// Shapes that do not fit each other; not one number of keys for each item, or one that there is not.
+pub fn attention_up_to(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    scale: f64,
+    keys: &[usize],
+) -> Result<Tensor> {
+    let (batch, _, most, _) = k.dims4()?;
+    if keys.len() != batch || keys.iter().any(|n| !(1..=most).contains(n)) {
+        candle_core::bail!("attention: {keys:?} of {most} keys for a batch of {batch}");
+    }
+    let first = keys.first().copied().unwrap_or(most);
+    if keys.iter().all(|&n| n == first) {
+        return attention(q, &k.narrow(2, 0, first)?, &v.narrow(2, 0, first)?, scale, &[]);
+    }
+    let mut items = Vec::with_capacity(batch);
+    for (item, &n) in keys.iter().enumerate() {
+        let own = |t: &Tensor| t.narrow(0, item, 1);
+        let (k, v) = (own(k)?.narrow(2, 0, n)?, own(v)?.narrow(2, 0, n)?);
+        items.push(attention(&own(q)?, &k, &v, scale, &[])?);
+    }
+    Tensor::cat(&items, 0)
 }
 
 /// The mask that lets a token see itself and what is before it: `[1, 1, tokens, tokens]` of 0 and −∞.
@@ -158,6 +195,51 @@ mod tests {
             for (got, want) in got.iter().zip(naive(&q, &k, &v, 0.3, sum)?) {
                 assert!((f64::from(*got) - want).abs() < 1e-5, "{got} {want}");
             }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn neighbouring_heads_share_keys_and_values() -> Result<()> {
+        let dev = Device::Cpu;
+        let rand = |s: &[usize]| Tensor::randn(0f32, 1., s, &dev);
+        let (q, k, v) = (rand(&[2, 6, 5, 4])?, rand(&[2, 2, 7, 4])?, rand(&[2, 2, 7, 3])?);
+        let bias = rand(&[2, 6, 5, 7])?;
+        let spread = |t: &Tensor| {
+            let (b, g, n, d) = t.dims4()?;
+            t.unsqueeze(2)?.broadcast_as((b, g, 3, n, d))?.contiguous()?.reshape((b, 6, n, d))
+        };
+        let want = naive(&q, &spread(&k)?, &spread(&v)?, 0.5, &bias)?;
+        let got = attention(&q, &k, &v, 0.5, &[&bias])?;
+        assert_eq!(got.dims(), [2, 5, 18]);
+        for (got, want) in got.flatten_all()?.to_vec1::<f32>()?.iter().zip(want) {
+            assert!((f64::from(*got) - want).abs() < 1e-5, "{got} {want}");
+        }
+        let k = rand(&[2, 4, 7, 4])?;
+        assert!(attention(&q, &k, &k, 0.5, &[]).is_err());
+        Ok(())
+    }
+
+    #[test]
+    fn keys_behind_the_last_are_not_seen() -> Result<()> {
+        let dev = Device::Cpu;
+        let rand = |s: &[usize]| Tensor::randn(0f32, 1., s, &dev);
+        let (q, k, v) = (rand(&[2, 4, 5, 6])?, rand(&[2, 2, 7, 6])?, rand(&[2, 2, 7, 3])?);
+        let inf = f32::NEG_INFINITY;
+        for keys in [[7, 7], [3, 3], [7, 1], [2, 5]] {
+            let mask: Vec<f32> = keys
+                .iter()
+                .flat_map(|&n| (0..7).map(move |j| if j < n { 0. } else { inf }))
+                .collect();
+            let mask = Tensor::from_vec(mask, (2, 1, 1, 7), &dev)?;
+            let want = attention(&q, &k, &v, 0.4, &[&mask])?;
+            let got = attention_up_to(&q, &k, &v, 0.4, &keys)?;
+            assert_eq!(got.dims(), want.dims());
+            let worst = (got - want)?.abs()?.max_all()?.to_scalar::<f32>()?;
+            assert!(worst < 1e-6, "{keys:?} {worst}");
+        }
+        for keys in [&[7][..], &[7, 0], &[8, 7], &[7, 7, 7]] {
+            assert!(attention_up_to(&q, &k, &v, 0.4, keys).is_err(), "{keys:?}");
         }
         Ok(())
     }

@@ -16,6 +16,15 @@ const COLUMNS: usize = 4 << 20;
 /// Gathered values that are held at once on other devices: 128 MiB in bf16.
 const STRIP: usize = 64 << 20;
 
+/// What stands around an input.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Padding {
+    /// Zeros.
+    Zeros,
+    /// The nearest pixel of the input.
+    Nearest,
+}
+
 /// How a kernel moves over its input.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Window {
@@ -23,24 +32,33 @@ pub struct Window {
     pub kernel: usize,
     /// Step between outputs, in input rows and columns.
     pub stride: usize,
-    /// Zeros above and left of the input.
+    /// Rows above and columns left of the input.
     pub before: usize,
-    /// Zeros below and right of the input.
+    /// Rows below and columns right of the input.
     pub after: usize,
     /// Each input pixel is first repeated so many times in both directions.
     pub repeat: usize,
+    /// What those rows and columns hold.
+    pub padding: Padding,
 }
 
 impl Window {
     /// A 1 × 1 kernel.
-    pub const POINT: Self = Self { kernel: 1, stride: 1, before: 0, after: 0, repeat: 1 };
+    pub const POINT: Self = Self { kernel: 1, before: 0, after: 0, ..Self::SAME };
     /// A 3 × 3 kernel that keeps the size.
-    pub const SAME: Self = Self { kernel: 3, stride: 1, before: 1, after: 1, repeat: 1 };
+    pub const SAME: Self =
+        Self { kernel: 3, stride: 1, before: 1, after: 1, repeat: 1, padding: Padding::Zeros };
     /// A 3 × 3 kernel that halves the size, padded below and right only, as in the encoders of
     /// latent diffusion.
-    pub const HALVE: Self = Self { kernel: 3, stride: 2, before: 0, after: 1, repeat: 1 };
+    pub const HALVE: Self = Self { stride: 2, before: 0, ..Self::SAME };
     /// Nearest-neighbour doubling, then a 3 × 3 kernel.
-    pub const DOUBLE: Self = Self { kernel: 3, stride: 1, before: 1, after: 1, repeat: 2 };
+    pub const DOUBLE: Self = Self { repeat: 2, ..Self::SAME };
+
+    /// The same with the nearest pixels around the input.
+    #[must_use]
+    pub const fn nearest(self) -> Self {
+        Self { padding: Padding::Nearest, ..self }
+    }
 
     fn output(self, input: usize) -> Option<usize> {
         let padded = input.checked_mul(self.repeat)? + self.before + self.after;
@@ -136,10 +154,10 @@ impl Conv2d {
     }
 
     /// A strip of output rows at a time, of which the gathered columns have at most `limit` values
-    /// if a row has not more: strips read the rows that they need, and see zeros only where the
+    /// if a row has not more: strips read the rows that they need, and see padding only where the
     /// picture ends, so that no seam shows.
     fn composed(&self, x: &Tensor, (out_h, out_w): (usize, usize), limit: usize) -> Result<Tensor> {
-        let Window { kernel, stride, before, after, repeat } = self.window;
+        let Window { kernel, stride, before, after, repeat, padding } = self.window;
         let (batch, inputs, height, width) = x.dims4()?;
         let outputs = self.weight.dim(0)?;
         let bias = self.bias.reshape((1, (), 1, 1))?;
@@ -161,8 +179,11 @@ impl Conv2d {
                 x = x.upsample_nearest2d((high - low) * repeat, width * repeat)?;
                 x = x.narrow(2, top - low * repeat, bottom - top)?;
             }
-            let x = x.pad_with_zeros(2, above, below)?.pad_with_zeros(3, before, after)?;
-            let x = x.contiguous()?;
+            let pad = |x: &Tensor, dim: usize, before: usize, after: usize| match padding {
+                Padding::Zeros => x.pad_with_zeros(dim, before, after),
+                Padding::Nearest => x.pad_with_same(dim, before, after),
+            };
+            let x = pad(&pad(&x, 2, above, below)?, 3, before, after)?.contiguous()?;
             let y = match (kernel, stride) {
                 (1, 1) => self.product(&x)?,
                 _ => x.conv2d(&self.weight, 0, stride, 1, 1)?,
@@ -196,7 +217,7 @@ fn gather(
     (rows, out_w): (usize, usize),
     columns: &mut [f32],
 ) {
-    let Window { kernel, stride, before, repeat, .. } = window;
+    let Window { kernel, stride, before, repeat, padding, .. } = window;
     // The first output column whose tap `k` lies inside, and the one behind the last.
     let inside = |k: usize| {
         let first = before.saturating_sub(k).div_ceil(stride);
@@ -208,11 +229,20 @@ fn gather(
         let plane = &x[channel * height * width..][..height * width];
         let (first, last) = inside(kx);
         for (row, line) in column.chunks_exact_mut(out_w).enumerate() {
-            let Some(y) = ((from + row) * stride + ky).checked_sub(before) else { continue };
-            if y >= height * repeat || first == last {
+            let y = ((from + row) * stride + ky).checked_sub(before);
+            let y = match (y.filter(|&y| y < height * repeat), padding) {
+                (Some(y), _) => y,
+                (None, Padding::Nearest) => y.map_or(0, |_| height * repeat - 1),
+                (None, Padding::Zeros) => continue,
+            };
+            let source = &plane[y / repeat * width..][..width];
+            if padding == Padding::Nearest {
+                line[..first].fill(source[0]);
+                line[last..].fill(source[width - 1]);
+            }
+            if first == last {
                 continue;
             }
-            let source = &plane[y / repeat * width..][..width];
             let start = first * stride + kx - before;
             let line = &mut line[first..last];
             if stride == 1 && repeat == 1 {
@@ -237,7 +267,8 @@ mod tests {
     fn strips_equal_the_library_at_batch_two() -> mmgp_quant::Result<()> {
         let dev = Device::Cpu;
         let rand = |s: &[usize]| Tensor::randn(0f32, 1., s, &dev);
-        for window in [Window::POINT, Window::SAME, Window::HALVE, Window::DOUBLE] {
+        let windows = [Window::POINT, Window::SAME, Window::HALVE, Window::DOUBLE];
+        for window in windows.into_iter().flat_map(|window| [window, window.nearest()]) {
             for (h, w) in [(7, 5), (1, 9), (6, 4), (2, 1)] {
                 let source = MemorySource::new(&dev)
                     .with("weight", rand(&[4, 3, window.kernel, window.kernel])?)
@@ -261,6 +292,27 @@ mod tests {
                 assert!(worst < 1e-5, "{window:?} {h}x{w} {worst}");
             }
         }
+        Ok(())
+    }
+
+    #[test]
+    fn the_nearest_pixels_stand_around() -> mmgp_quant::Result<()> {
+        let dev = Device::Cpu;
+        let rand = |s: &[usize]| Tensor::randn(0f32, 1., s, &dev);
+        let source =
+            MemorySource::new(&dev).with("weight", rand(&[2, 3, 3, 3])?).with("bias", rand(&[2])?);
+        let weights = Weights::new(source);
+        let x = rand(&[1, 3, 4, 5])?;
+        let spread = |of: usize| {
+            let at: Vec<u32> = (0..of as u32 + 2).map(|i| i.clamp(1, of as u32) - 1).collect();
+            Tensor::from_vec(at, of + 2, &dev)
+        };
+        let wide = x.index_select(&spread(4)?, 2)?.index_select(&spread(5)?, 3)?;
+        let inside = Window { before: 0, after: 0, ..Window::SAME };
+        let want = Conv2d::new(&weights, 3, 2, inside)?.forward(&wide)?;
+        let got = Conv2d::new(&weights, 3, 2, Window::SAME.nearest())?.forward(&x)?;
+        let worst = (got - want)?.abs()?.max_all()?.to_scalar::<f32>()?;
+        assert!(worst < 1e-6, "{worst}");
         Ok(())
     }
 

@@ -53,6 +53,7 @@ impl Heads {
         }
         let x = x.contiguous()?;
         let mut out = vec![0f32; batch * tokens * self.width()];
+        let pairs = rope.map(Rope::pairs);
         let mut run = |weight: Option<(&[f32], f64)>, tables: Option<(&[f32], &[f32])>| {
             cpu::read(&x, |x| {
                 cpu::rows(&mut out, dim, |i, row| {
@@ -64,13 +65,9 @@ impl Heads {
                         Some((weight, eps)) => rms_row(x, weight, eps, row),
                         None => row.copy_from_slice(x),
                     }
-                    if let Some((cos, sin)) = tables {
+                    if let (Some((cos, sin)), Some(pairs)) = (tables, pairs) {
                         let range = token * dim / 2..(token + 1) * dim / 2;
-                        let turns = cos[range.clone()].iter().zip(&sin[range]);
-                        for (pair, (c, s)) in row.chunks_exact_mut(2).zip(turns) {
-                            (pair[0], pair[1]) =
-                                (pair[0] * c - pair[1] * s, pair[1] * c + pair[0] * s);
-                        }
+                        Rope::turn_row(pairs, row, &cos[range.clone()], &sin[range]);
                     }
                 });
                 Ok(())
@@ -161,8 +158,9 @@ mod tests {
         let norm = RmsNorm::new(&Weights::new(source), 10, 1e-6)?;
         let ids = Tensor::randn(0f32, 9., (5, 2), &dev)?;
         let rope = Rope::new(&ids, &[4, 6], 10000., &dev)?;
+        let text = Rope::of_text(5, &[1., 0.3, 0.1, 0.03, 0.01], &dev)?;
         for norm in [None, Some(&norm)] {
-            for rope in [None, Some(&rope)] {
+            for rope in [None, Some(&rope), Some(&text)] {
                 let want = heads.split_composed(&x, 31, norm, rope)?;
                 near(&heads.split(&x, 31, norm, rope)?, &want)?;
             }

@@ -4,6 +4,7 @@
 //! in f32. Rows are looked up, then widened.
 
 pub mod clip;
+pub mod llama;
 mod spiece;
 pub mod t5;
 pub mod tokenizer;

@@ -9,4 +9,4 @@ mod cogvideox_parts;
 pub mod kl;
 mod kl_parts;
 mod spool;
-mod tiling;
+pub(crate) mod tiling;

@@ -1,10 +1,12 @@
-//! Tiles of a frame that overlap and are blended, as diffusers' video autoencoders cut them.
+//! Tiles that overlap and are blended, as diffusers' video autoencoders cut frames, and frames of time.
 //!
-//! Where tiles lie is a function of shape and options. A tile is decoded for all frames before the
-//! next, since what it must see of the frames before is large; its pixels wait in a file of the disk,
-//! so that memory does not grow with the number of frames. Then each frame is put together.
+//! Where tiles lie is a function of shape and options. Where what a tile must see of the frames before is
+//! large ([`Tiling`]), it is decoded for all frames before the next; its pixels wait in a file of the
+//! disk, so that memory does not grow with the number of frames, and then each frame is put together.
 
-use candle_core::{D, Tensor};
+use std::ops::Range;
+
+use candle_core::Tensor;
 
 use crate::{
     Error, Result,
@@ -52,21 +54,27 @@ impl Tiling {
         decode: impl Fn(&Tensor, &mut dyn FnMut(Tensor) -> Result<()>) -> Result<()>,
         each: &mut dyn FnMut(Tensor) -> Result<()>,
     ) -> Result<()> {
-        let rows = Side::new("height", self.height, self.overlap_height, scale)?;
-        let columns = Side::new("width", self.width, self.overlap_width, scale)?;
-        let (height, width) = (latents.dim(3)?, latents.dim(4)?);
-        if height <= rows.tile && width <= columns.tile {
+        let rows = Side::overlapping("height", self.height, self.overlap_height, scale)?;
+        let columns = Side::overlapping("width", self.width, self.overlap_width, scale)?;
+        let size = [latents.dim(3)?, latents.dim(4)?];
+        if size[0] <= rows.tile && size[1] <= columns.tile {
             return decode(latents, each);
         }
-        let spools = rows.cut_with(&columns, latents, |tile| {
-            let mut spool = Spool::new()?;
-            decode(tile, &mut |frames| spool.push(&frames))?;
-            Ok(spool)
-        })?;
+        let mut spools = Vec::new();
+        for top in rows.tiles(size[0]) {
+            let mut line = Vec::new();
+            for left in columns.tiles(size[1]) {
+                let mut spool = Spool::new()?;
+                decode(&cut(latents, &top, &left)?, &mut |frames| spool.push(&frames))?;
+                line.push(spool);
+            }
+            spools.push(line);
+        }
         let frames = spools.first().and_then(|line| line.first()).map_or(0, Spool::len);
         for frame in 0..frames {
-            let of = |spool: &Spool| Ok(spool.frame(frame)?.to_device(latents.device())?);
-            each(joined(&spools, of, &rows, &columns)?)?;
+            let tiles =
+                |i: usize, j: usize| Ok(spools[i][j].frame(frame)?.to_device(latents.device())?);
+            each(joined(size, size[0] * scale, &rows, &columns, tiles)?)?;
         }
         Ok(())
     }
@@ -82,67 +90,122 @@ impl Tiling {
     ) -> Result<Tensor> {
         let rows = Side::of_pixels("height", self.height, self.overlap_height, scale)?;
         let columns = Side::of_pixels("width", self.width, self.overlap_width, scale)?;
-        if pictures.dim(3)? <= rows.tile && pictures.dim(4)? <= columns.tile {
-            return encode(pictures);
-        }
-        let tiles = rows.cut_with(&columns, pictures, encode)?;
-        joined(&tiles, |tile| Ok(tile.clone()), &rows, &columns)
+        in_tiles(pictures, pictures.dim(3)? / scale, &rows, &columns, encode)
     }
 }
 
-/// One picture of tiles, blended from the first row and column on. `of` gives what a tile shows.
-fn joined<T>(
-    lines: &[Vec<T>],
-    of: impl Fn(&T) -> Result<Tensor>,
+/// `[batch, channels, t, h, w]` to `[batch, …, height, …]` by `make`, tile by tile; at once if one tile
+/// holds all. Of tiles that are made, only the edges that a neighbour is blended with are kept beside
+/// the result.
+pub(crate) fn in_tiles(
+    x: &Tensor,
+    height: usize,
     rows: &Side,
     columns: &Side,
+    make: impl Fn(&Tensor) -> Result<Tensor>,
 ) -> Result<Tensor> {
-    let mut out = Vec::new();
+    let size = [x.dim(3)?, x.dim(4)?];
+    if size[0] <= rows.tile && size[1] <= columns.tile {
+        return make(x);
+    }
+    let tops: Vec<_> = rows.tiles(size[0]).collect();
+    let lefts: Vec<_> = columns.tiles(size[1]).collect();
+    joined(size, height, rows, columns, |i, j| make(&cut(x, &tops[i], &lefts[j])?))
+}
+
+fn cut(x: &Tensor, rows: &Range<usize>, columns: &Range<usize>) -> Result<Tensor> {
+    let line = x.narrow(3, rows.start, rows.len())?;
+    Ok(line.narrow(4, columns.start, columns.len())?.contiguous()?)
+}
+
+/// What the tiles of something of `size` make together, `height` rows of it, blended from the first row
+/// and column on. `tile` gives the one in row `i` and column `j` of tiles.
+fn joined(
+    size: [usize; 2],
+    height: usize,
+    rows: &Side,
+    columns: &Side,
+    tile: impl Fn(usize, usize) -> Result<Tensor>,
+) -> Result<Tensor> {
+    let mut out: Option<Tensor> = None;
+    let mut at = 0;
     // The lowest rows of the tiles above.
     let mut above: Vec<Tensor> = Vec::new();
-    for (i, tiles) in lines.iter().enumerate() {
+    for i in 0..rows.tiles(size[0]).count() {
         let mut line = Vec::new();
         let mut left: Option<Tensor> = None;
-        for (j, tile) in tiles.iter().enumerate() {
-            let mut tile = of(tile)?;
+        for j in 0..columns.tiles(size[1]).count() {
+            let mut tile = tile(i, j)?;
             if i > 0 {
                 tile = blend(&above[j], tile, 3)?;
             }
             if let Some(left) = &left {
                 tile = blend(left, tile, 4)?;
             }
-            let edge = |dim: usize, side: &Side| -> Result<Tensor> {
-                let count = side.blend.min(tile.dim(dim)?);
-                Ok(tile.narrow(dim, tile.dim(dim)? - count, count)?.copy()?)
-            };
-            left = Some(edge(4, columns)?);
+            left = Some(columns.edge(&tile, 4)?);
             match i {
-                0 => above.push(edge(3, rows)?),
-                _ => above[j] = edge(3, rows)?,
+                0 => above.push(rows.edge(&tile, 3)?),
+                _ => above[j] = rows.edge(&tile, 3)?,
             }
             let kept = tile.narrow(3, 0, rows.kept.min(tile.dim(3)?))?;
             line.push(kept.narrow(4, 0, columns.kept.min(tile.dim(4)?))?.contiguous()?);
         }
-        out.push(Tensor::cat(&line, 4)?);
+        let line = Tensor::cat(&line, 4)?.contiguous()?;
+        let out = match &out {
+            Some(out) => out,
+            None => {
+                let (batch, channels, frames, _, width) = line.dims5()?;
+                let shape = (batch, channels, frames, height, width);
+                out.insert(Tensor::zeros(shape, line.dtype(), line.device())?)
+            }
+        };
+        out.slice_set(&line, 3, at)?;
+        at += line.dim(3)?;
     }
-    Ok(Tensor::cat(&out, 3)?)
+    out.ok_or_else(|| Error::Input(format!("tiles of {size:?}")))
 }
 
-/// Where tiles lie along one side.
-#[derive(Debug, PartialEq)]
-struct Side {
+/// Where tiles lie along one side, or along time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Side {
     /// Size of a tile in what is cut: latent pixels where they are decoded, pixels where those are encoded.
-    tile: usize,
+    pub(crate) tile: usize,
     /// From one tile to the next in what is cut.
-    step: usize,
+    pub(crate) step: usize,
     /// How much is blended of what is made.
-    blend: usize,
+    pub(crate) blend: usize,
     /// How much of a tile of what is made is taken.
-    kept: usize,
+    pub(crate) kept: usize,
 }
 
 impl Side {
-    fn new(side: &str, pixels: usize, overlap: f64, scale: usize) -> Result<Self> {
+    /// Tiles of `pixels`, one every `stride` pixels; both are multiples of `scale`.
+    pub(crate) fn strided(side: &str, pixels: usize, stride: usize, scale: usize) -> Result<Self> {
+        let whole = |n: usize| n > 0 && n.is_multiple_of(scale);
+        if !whole(pixels) || !whole(stride) || stride > pixels {
+            return Err(Error::Input(format!(
+                "tile {side} {pixels}, one every {stride}: expected multiples of {scale} above 0, the \
+                 second not above the first"
+            )));
+        }
+        let (tile, step) = (pixels / scale, stride / scale);
+        Ok(Self { tile, step, blend: pixels - stride, kept: stride })
+    }
+
+    /// Where tiles lie in `size` of what is cut.
+    fn tiles(&self, size: usize) -> impl Iterator<Item = Range<usize>> + use<> {
+        let (tile, step) = (self.tile, self.step);
+        (0..size).step_by(step).map(move |from| from..size.min(from + tile))
+    }
+
+    /// What a tile's neighbour is blended with: its last pixels along `dim`, in memory of their own.
+    pub(crate) fn edge(&self, tile: &Tensor, dim: usize) -> Result<Tensor> {
+        let size = tile.dim(dim)?;
+        let count = self.blend.min(size);
+        Ok(tile.narrow(dim, size - count, count)?.copy()?)
+    }
+
+    fn overlapping(side: &str, pixels: usize, overlap: f64, scale: usize) -> Result<Self> {
         if !(0. ..1.).contains(&overlap) {
             return Err(Error::Input(format!("tile {side}: overlap {overlap} is not in 0..1")));
         }
@@ -162,7 +225,7 @@ impl Side {
 
     /// Of a side whose pixels are cut, so that latents are made.
     fn of_pixels(side: &str, pixels: usize, overlap: f64, scale: usize) -> Result<Self> {
-        let latent = Self::new(side, pixels, overlap, scale)?;
+        let latent = Self::overlapping(side, pixels, overlap, scale)?;
         let step = (pixels as f64 * (1. - overlap)) as usize;
         let blend = (latent.tile as f64 * overlap) as usize;
         let kept = latent.tile - blend;
@@ -174,30 +237,11 @@ impl Side {
         }
         Ok(Self { tile: pixels, step, blend, kept })
     }
-
-    /// Makes something of each tile of `x` `[batch, channels, t, height, width]`, whose rows lie as this
-    /// side says: by rows of tiles.
-    fn cut_with<T>(
-        &self,
-        columns: &Self,
-        x: &Tensor,
-        make: impl Fn(&Tensor) -> Result<T>,
-    ) -> Result<Vec<Vec<T>>> {
-        let (height, width) = (x.dim(3)?, x.dim(4)?);
-        let row = |top: usize| {
-            let line = x.narrow(3, top, self.tile.min(height - top))?;
-            let tile = |left: usize| {
-                make(&line.narrow(4, left, columns.tile.min(width - left))?.contiguous()?)
-            };
-            (0..width).step_by(columns.step).map(tile).collect()
-        };
-        (0..height).step_by(self.step).map(row).collect()
-    }
 }
 
-/// `tile`, of which the first rows (`dim` 3) or columns (`dim` 4) pass over from the last of `edge`:
-/// pixel `i` of `n` is `edge · (1 − i / n) + tile · i / n`.
-fn blend(edge: &Tensor, tile: Tensor, dim: usize) -> Result<Tensor> {
+/// `tile`, of which the first frames (`dim` 2), rows (3) or columns (4) pass over from the last of
+/// `edge`: pixel `i` of `n` is `edge · (1 − i / n) + tile · i / n`.
+pub(crate) fn blend(edge: &Tensor, tile: Tensor, dim: usize) -> Result<Tensor> {
     let (have, size) = (edge.dim(dim)?, tile.dim(dim)?);
     let count = have.min(size);
     if count == 0 {
@@ -206,7 +250,9 @@ fn blend(edge: &Tensor, tile: Tensor, dim: usize) -> Result<Tensor> {
     let ramp = |f: &dyn Fn(f64) -> f64| -> Result<Tensor> {
         let values: Vec<f32> = (0..count).map(|i| f(i as f64 / count as f64) as f32).collect();
         let ramp = Tensor::from_vec(values, count, tile.device())?.to_dtype(tile.dtype())?;
-        Ok(if dim == 3 { ramp.unsqueeze(D::Minus1)? } else { ramp })
+        let mut shape = vec![count];
+        shape.resize(tile.rank().saturating_sub(dim), 1);
+        Ok(ramp.reshape(shape)?)
     };
     let old = edge.narrow(dim, have - count, count)?.broadcast_mul(&ramp(&|t| 1. - t)?)?;
     let new = tile.narrow(dim, 0, count)?.broadcast_mul(&ramp(&|t| t)?)?;
@@ -226,19 +272,25 @@ mod tests {
     #[test]
     fn sides_are_those_of_the_published_model() -> Result<()> {
         let tiling = Tiling::of_cogvideox(&CogVideoXVaeConfig::default());
-        let rows = Side::new("height", tiling.height, tiling.overlap_height, 8)?;
+        let rows = Side::overlapping("height", tiling.height, tiling.overlap_height, 8)?;
         assert_eq!(rows, Side { tile: 30, step: 25, blend: 40, kept: 200 });
-        let columns = Side::new("width", tiling.width, tiling.overlap_width, 8)?;
+        let columns = Side::overlapping("width", tiling.width, tiling.overlap_width, 8)?;
         assert_eq!(columns, Side { tile: 45, step: 36, blend: 72, kept: 288 });
         let rows = Side::of_pixels("height", tiling.height, tiling.overlap_height, 8)?;
         assert_eq!(rows, Side { tile: 240, step: 200, blend: 5, kept: 25 });
         let columns = Side::of_pixels("width", tiling.width, tiling.overlap_width, 8)?;
         assert_eq!(columns, Side { tile: 360, step: 288, blend: 9, kept: 36 });
         for (pixels, overlap) in [(240, 1.), (240, -0.1), (240, f64::NAN), (241, 0.25), (0, 0.)] {
-            assert!(Side::new("height", pixels, overlap, 8).is_err());
+            assert!(Side::overlapping("height", pixels, overlap, 8).is_err());
         }
-        let error = Side::new("height", 240, 0.35, 8).unwrap_err().to_string();
+        let error = Side::overlapping("height", 240, 0.35, 8).unwrap_err().to_string();
         assert!(error.contains("height 240 with overlap 0.35"), "{error}");
+        let strided = Side::strided("height", 240, 200, 8)?;
+        assert_eq!(strided, Side { tile: 30, step: 25, blend: 40, kept: 200 });
+        for (pixels, stride) in [(240, 0), (240, 248), (241, 200), (240, 196), (0, 0)] {
+            let error = Side::strided("width", pixels, stride, 8).unwrap_err().to_string();
+            assert!(error.contains("tile width") && error.contains("multiples of 8"), "{error}");
+        }
         Ok(())
     }
 
@@ -282,6 +334,10 @@ mod tests {
         let tile = Tensor::ones((1, 1, 1, 4, 3), DType::F32, &Device::Cpu)?;
         let edge = tile.affine(5., 0.)?.narrow(3, 0, 2)?;
         let got = blend(&edge, tile, 3)?.mean(4)?.flatten_all()?.to_vec1::<f32>()?;
+        assert_eq!(got, [5., 3., 1., 1.]);
+        let tile = Tensor::ones((1, 1, 4, 2, 3), DType::F32, &Device::Cpu)?;
+        let edge = tile.affine(5., 0.)?.narrow(2, 0, 2)?;
+        let got = blend(&edge, tile, 2)?.mean((3, 4))?.flatten_all()?.to_vec1::<f32>()?;
         assert_eq!(got, [5., 3., 1., 1.]);
         Ok(())
     }

@@ -10,6 +10,10 @@ use mmgp_io::Checkpoint;
 use mmgp_models::{
     cogvideox::{CogVideoXConfig, CogVideoXInputs, CogVideoXTransformer, positions},
     flux::{FluxConfig, FluxInputs, FluxTransformer, latents},
+    hunyuanvideo::{
+        HunyuanVideoConfig, HunyuanVideoDecoder, HunyuanVideoInputs, HunyuanVideoTransformer,
+        HunyuanVideoVaeConfig, Tiling, prompt,
+    },
     nn::Rope,
     schedulers::{
         ddim::Ddim,
@@ -21,6 +25,7 @@ use mmgp_models::{
     },
     text::{
         clip::{ClipConfig, ClipText, Projection},
+        llama::{LlamaConfig, LlamaEncoder},
         t5::{T5Config, T5Encoder},
     },
     vae::{
@@ -47,7 +52,10 @@ pub(crate) fn run(case: &Case) -> Result<Outcome, Error> {
         (_, "T5EncoderModel") => model(case, t5),
         (_, "CLIPTextModel") => model(case, |case, b| clip(case, b, Projection::No)),
         (_, "CLIPTextModelWithProjection") => model(case, |case, b| clip(case, b, Projection::Yes)),
+        (_, "LlamaModel") => model(case, llama),
         (_, "CogVideoXTransformer3DModel") => model(case, cogvideox),
+        (_, "HunyuanVideoTransformer3DModel") => model(case, hunyuanvideo),
+        ("vae_decoder", "AutoencoderKLHunyuanVideo") => model(case, hunyuanvideo_decoder),
         ("vae_decoder", "AutoencoderKL") => model(case, decoder),
         ("vae_encoder", "AutoencoderKL") => model(case, encoder),
         ("vae_decoder", "AutoencoderKLCogVideoX") => model(case, cogvideox_decoder),
@@ -197,6 +205,20 @@ fn clip(case: &Case, builder: ModelBuilder, projection: Projection) -> Result<Fo
     }))
 }
 
+fn llama(case: &Case, builder: ModelBuilder) -> Result<Forward<'_>, Error> {
+    let config = LlamaConfig::from_file(case.dir.join("config.json"))?;
+    let model = LlamaEncoder::new(&config, 1, builder)?;
+    all_used(model.unused())?;
+    Ok(Box::new(move || {
+        let (ids, mask) = (case.input("input_ids")?, case.input("attention_mask")?);
+        let tokens = mask.to_dtype(DType::F32)?.unsqueeze(2)?;
+        let state = |end: usize| -> Result<Tensor, Error> {
+            Ok(model.forward(ids, Some(mask), end)?.broadcast_mul(&tokens)?)
+        };
+        Ok(Outputs::from([("hidden_states.-3", state(3)?), ("last_hidden_state", state(1)?)]))
+    }))
+}
+
 fn decoder(case: &Case, builder: ModelBuilder) -> Result<Forward<'_>, Error> {
     let config = KlConfig::from_file(case.dir.join("config.json"))?;
     let model = KlDecoder::new(&config, builder)?;
@@ -209,6 +231,35 @@ fn cogvideox_decoder(case: &Case, builder: ModelBuilder) -> Result<Forward<'_>, 
     let model = CogVideoXDecoder::new(&config, builder)?;
     all_used(model.unused())?;
     Ok(Box::new(move || Ok(Outputs::from([("sample", model.decode(case.input("latents")?)?)]))))
+}
+
+fn hunyuanvideo(case: &Case, builder: ModelBuilder) -> Result<Forward<'_>, Error> {
+    let config = HunyuanVideoConfig::from_file(case.dir.join("config.json"))?;
+    let model = HunyuanVideoTransformer::new(&config, builder)?;
+    all_used(model.unused())?;
+    let mask = case.input("encoder_attention_mask")?.to_dtype(DType::U32)?;
+    let lengths = prompt::lengths(&mask.to_vec2()?)?;
+    Ok(Box::new(move || {
+        let sample = model.forward(&HunyuanVideoInputs {
+            hidden_states: case.input("hidden_states")?,
+            timestep: case.input("timestep")?,
+            encoder_hidden_states: case.input("encoder_hidden_states")?,
+            text_lengths: &lengths,
+            pooled_projections: case.input("pooled_projections")?,
+            guidance: case.optional_input("guidance"),
+        })?;
+        Ok(Outputs::from([("sample", sample)]))
+    }))
+}
+
+fn hunyuanvideo_decoder(case: &Case, builder: ModelBuilder) -> Result<Forward<'_>, Error> {
+    let config = HunyuanVideoVaeConfig::from_file(case.dir.join("config.json"))?;
+    let model = HunyuanVideoDecoder::new(&config, builder)?;
+    all_used(model.unused())?;
+    Ok(Box::new(move || {
+        let sample = model.decode(case.input("latents")?, &Tiling::of_time())?;
+        Ok(Outputs::from([("sample", sample)]))
+    }))
 }
 
 fn encoder(case: &Case, builder: ModelBuilder) -> Result<Forward<'_>, Error> {

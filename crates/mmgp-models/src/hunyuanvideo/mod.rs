@@ -1,0 +1,23 @@
+//! HunyuanVideo ([HunyuanVideo](https://arxiv.org/abs/2412.03603)): a transformer whose first blocks
+//! have weights of their own for text and video, and whose last ones share them; its text, states of a
+//! Llama, is refined first.
+//!
+//! `config` is the diffusers file, `refiner` and `blocks` the kinds of block, `transformer` the stem and
+//! the walk; `vae` decodes latents to frames, in tiles of space and time, by the steps of `vae_parts`;
+//! `prompt` is the text that stands around a prompt.
+
+mod blocks;
+mod config;
+pub mod prompt;
+mod refiner;
+mod transformer;
+mod vae;
+mod vae_config;
+mod vae_parts;
+
+pub use blocks::{Context, DoubleBlock, SingleBlock};
+pub use config::HunyuanVideoConfig;
+pub use refiner::RefinerBlock;
+pub use transformer::{HunyuanVideoInputs, HunyuanVideoTransformer};
+pub use vae::{HunyuanVideoDecoder, Tile, Tiling};
+pub use vae_config::HunyuanVideoVaeConfig;
