@@ -10,20 +10,21 @@ use std::{
 use mmgp_residency::Pager;
 use serde_json::Value;
 
-use crate::{
-    Error, OpenOptions, Pipeline, Result, cogvideox::CogVideoXPipeline, flux::FluxPipeline,
-};
+use crate::{Error, OpenOptions, Pipeline, Result};
+use crate::{cogvideox::CogVideoXPipeline, flux::FluxPipeline};
 
 /// Opens a pipeline's folder, given its `model_index.json`.
 type Open = fn(&Path, &ModelIndex, &Pager, &OpenOptions) -> Result<Box<dyn Pipeline>>;
 
 const FAMILIES: &[(&str, Open)] = &[
-    ("FluxPipeline", |d, i, p, o| Ok(Box::new(FluxPipeline::open(d, i, p, o)?))),
-    ("CogVideoXPipeline", |d, i, p, o| Ok(Box::new(CogVideoXPipeline::open(d, i, p, o)?))),
-    ("CogVideoXImageToVideoPipeline", |d, i, p, o| {
-        Ok(Box::new(CogVideoXPipeline::open(d, i, p, o)?))
-    }),
+    ("FluxPipeline", |d, i, p, o| boxed(FluxPipeline::open(d, i, p, o))),
+    ("CogVideoXPipeline", |d, i, p, o| boxed(CogVideoXPipeline::open(d, i, p, o))),
+    (CogVideoXPipeline::FROM_PICTURE, |d, i, p, o| boxed(CogVideoXPipeline::open(d, i, p, o))),
 ];
+
+fn boxed(pipeline: Result<impl Pipeline + 'static>) -> Result<Box<dyn Pipeline>> {
+    Ok(Box::new(pipeline?))
+}
 
 /// A folder's `model_index.json`: which class stands in which subfolder.
 #[derive(Debug)]

@@ -145,11 +145,14 @@ fn run(name: &str) -> Result<(), Error> {
         eprintln!("{name}, {}: latents off by {off:.1e}", run["name"]);
         assert!(off <= tolerance, "{off:e}");
         assert_eq!(Some(resident.frames.len() as u64), run["video"][0].as_u64());
-        same_frames(&resident.frames, &run["frames"], of("frames")?)?;
+        if run["frames"] != Value::Array(Vec::new()) {
+            same_frames(&resident.frames, &run["frames"], of("frames")?)?;
+        }
         for budget in [Budget::Min, Budget::Percent(60.)] {
             assert!(draw(&dir, &whole, budget)? == resident, "{budget}: other bits");
         }
-        if run["tiled"].is_null() {
+        // Tiles of other sizes than a request has are for tests of the decoder.
+        if run["tiled"].is_null() || !run["tiling"].is_null() {
             continue;
         }
         let tiled = Request { tiles: Tiles::On, ..whole.clone() };

@@ -10,7 +10,7 @@ use mmgp_io::Checkpoint;
 use mmgp_residency::Pager;
 
 use crate::{
-    Defaults, Error, Event, GuidanceSchedule, Latents, ModelIndex, OpenOptions, Picture, Pipeline,
+    Defaults, Event, GuidanceSchedule, Latents, ModelIndex, OpenOptions, Picture, Pipeline,
     PipelinePart, Recipe, Request, Result,
     flux::{FluxConfig, FluxInputs, FluxTransformer, latents},
     noise::torch_normal,
