@@ -11,7 +11,7 @@ use mmgp_residency::Pager;
 use serde_json::Value;
 
 use crate::{Error, OpenOptions, Pipeline, Result};
-use crate::{cogvideox::CogVideoXPipeline, flux::FluxPipeline};
+use crate::{cogvideox::CogVideoXPipeline, flux::FluxPipeline, hunyuanvideo::HunyuanVideoPipeline};
 
 /// Opens a pipeline's folder, given its `model_index.json`.
 type Open = fn(&Path, &ModelIndex, &Pager, &OpenOptions) -> Result<Box<dyn Pipeline>>;
@@ -20,6 +20,7 @@ const FAMILIES: &[(&str, Open)] = &[
     ("FluxPipeline", |d, i, p, o| boxed(FluxPipeline::open(d, i, p, o))),
     ("CogVideoXPipeline", |d, i, p, o| boxed(CogVideoXPipeline::open(d, i, p, o))),
     (CogVideoXPipeline::FROM_PICTURE, |d, i, p, o| boxed(CogVideoXPipeline::open(d, i, p, o))),
+    ("HunyuanVideoPipeline", |d, i, p, o| boxed(HunyuanVideoPipeline::open(d, i, p, o))),
 ];
 
 fn boxed(pipeline: Result<impl Pipeline + 'static>) -> Result<Box<dyn Pipeline>> {

@@ -186,3 +186,8 @@ fn cogvideox_5b_from_a_picture() -> Result<(), Error> {
 fn cogvideox_1_5_from_a_picture() -> Result<(), Error> {
     run("cogvideox-1.5-5b-i2v")
 }
+
+#[test]
+fn hunyuanvideo() -> Result<(), Error> {
+    run("hunyuanvideo")
+}

@@ -4,10 +4,11 @@
 //!
 //! `config` is the diffusers file, `refiner` and `blocks` the kinds of block, `transformer` the stem and
 //! the walk; `vae` decodes latents to frames, in tiles of space and time, by the steps of `vae_parts`;
-//! `prompt` is the text that stands around a prompt.
+//! `prompt` is the text that stands around a prompt, and `pipeline` all of it.
 
 mod blocks;
 mod config;
+mod pipeline;
 pub mod prompt;
 mod refiner;
 mod transformer;
@@ -17,6 +18,7 @@ mod vae_parts;
 
 pub use blocks::{Context, DoubleBlock, SingleBlock};
 pub use config::HunyuanVideoConfig;
+pub use pipeline::HunyuanVideoPipeline;
 pub use refiner::RefinerBlock;
 pub use transformer::{HunyuanVideoInputs, HunyuanVideoTransformer};
 pub use vae::{HunyuanVideoDecoder, Tile, Tiling};

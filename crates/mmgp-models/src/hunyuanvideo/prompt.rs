@@ -32,6 +32,11 @@ pub fn wrap(prompt: &str) -> String {
     format!("{BEFORE}{prompt}{BEHIND}")
 }
 
+/// What of a wrapped text's cut end belongs to the prompt, if anything.
+pub fn cut(end: &str) -> Option<&str> {
+    Some(end.strip_suffix(BEHIND).unwrap_or(end).trim_end()).filter(|text| !text.is_empty())
+}
+
 /// The states of the prompt among those of a wrapped text, `[batch, tokens, width]` to
 /// `[batch, tokens − CROP, width]`, and how many of each are no padding; `mask` has a row of 1 (token)
 /// and 0 (padding) for each text.
@@ -85,6 +90,12 @@ mod tests {
         assert!(text.contains("aspects: 1. The main content and theme of the video.2. The color,"));
         assert!(text.ends_with("user<|end_header_id|>\n\na cat, {braces} and all<|eot_id|>"));
         assert_eq!(text.matches("<|eot_id|>").count(), 2);
+    }
+
+    #[test]
+    fn a_cut_end_is_told_without_what_stands_behind() {
+        assert_eq!(cut("at night<|eot_id|>"), Some("at night"));
+        assert_eq!(cut("<|eot_id|>"), None);
     }
 
     #[test]
