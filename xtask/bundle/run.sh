@@ -15,6 +15,12 @@
 # with all of the card, then under --vram-limit $LIMIT_GB (6) GB on a card that another process filled but for that
 # and the margin, while a third takes 2.5 GB for a while. Needs Python, 51 GB in $DIR and $STEPS (16) steps of about
 # a second. Leaves memory.json in $OUT, and the samples that it was made of.
+#
+#   run.sh --video cogvideox-5b|hunyuanvideo
+#
+# draws a video with a pipeline of that size, int8, under --vram-limit $LIMIT_GB (8) GB: $STEPS (3) steps and the
+# decode, at 720x480 and 49 frames or 960x544 and 61. Then a step of diffusers' with group offloading, where Python has
+# diffusers. Needs 34 or 66 GB in $DIR, which are removed after. Leaves video.json in $OUT, and what it was made of.
 set -uo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
@@ -54,7 +60,7 @@ if [ "${1:-}" = --memory ]; then
     limit=$((${LIMIT_GB:-6} * 1000000000))
     now() { date +%s.%N; }
     [ -e "$dir/flux/model_index.json" ] ||
-        "$here/mmgp-synth" flux-dev --depth 19+38 --t5-depth 24 --dir "$dir/flux" || exit 1
+        "$here/mmgp-synth" flux-dev --depth 19+38 --text-depth 24 --dir "$dir/flux" || exit 1
     draw=("$here/mmgp-cuda" generate "a red heart" --device cuda --model "$dir/flux" --store "$dir/store"
         --quantize transformer,text_encoder_2 --width 1024 --height 1024 --steps "$steps")
     echo "resident"
@@ -98,6 +104,44 @@ if [ "${1:-}" = --memory ]; then
     kill $sampler $ballast
     [ $failed = 0 ] || { echo "the run failed"; tail -n 20 "$out/limited.log"; exit 1; }
     python3 "$here/memory.py" "$out" "$limit"
+    exit $?
+fi
+
+if [ "${1:-}" = --video ]; then
+    family=${2:?a family: cogvideox-5b or hunyuanvideo}
+    dir=${DIR:-/dev/shm}/mmgp-video
+    limit=$((${LIMIT_GB:-8} * 1000000000))
+    case $family in
+        cogvideox-5b) size=(--width 720 --height 480 --frames 49) ;;
+        hunyuanvideo) size=(--width 960 --height 544 --frames 61) ;;
+        *) echo "$family: expected cogvideox-5b or hunyuanvideo"; exit 1 ;;
+    esac
+    now() { date +%s.%N; }
+    trap 'rm -rf "$dir"' EXIT
+    "$here/mmgp-synth" "$family" --dir "$dir/model" || exit 1
+    nvidia-smi --query-gpu=memory.used --format=csv,noheader,nounits -lms 20 \
+        > >(while read -r mib; do echo "$(now) $mib"; done >"$out/card.txt") &
+    sampler=$!
+    sleep 1
+    now >"$out/run.txt"
+    TMPDIR=${DIR:-/dev/shm} "$here/mmgp-cuda" generate "a dog runs through the snow" --device cuda \
+        --model "$dir/model" --quantize transformer,text_encoder --store "$dir/store" --store-spare 1GB \
+        --vram-limit "$limit" --steps "${STEPS:-3}" "${size[@]}" --out "$out/video.mp4" >"$out/video.log" 2>&1 &
+    run=$!
+    while kill -0 $run 2>/dev/null; do
+        awk '/^VmRSS/ {print "rss", $2} /^RssAnon/ {print "anonymous", $2} /^VmLck/ {print "locked", $2}' \
+            "/proc/$run/status" 2>/dev/null
+        sleep 0.1
+    done >"$out/host.txt" &
+    wait $run
+    failed=$?
+    now >>"$out/run.txt"
+    kill $sampler
+    [ $failed = 0 ] || { echo "the run failed"; tail -n 20 "$out/video.log"; exit 1; }
+    if python3 -c 'import diffusers' 2>/dev/null; then
+        python3 "$PWD/benches/peers/video.py" "$family" "${size[@]}" >"$out/peer.json" || rm "$out/peer.json"
+    fi
+    python3 "$here/video.py" "$out" "$family" "$limit"
     exit $?
 fi
 

@@ -60,7 +60,7 @@ pub use mmgp_models::{
     Defaults, Event, GuidanceSchedule, Latents, Output, Picture, Pipeline, Recipe, Request, Tiles,
 };
 pub use mmgp_profiles::{Amounts, Hardware, Models, Profile, Settings, Switch};
-pub use mmgp_residency::{Budget, Budgets, Bytes, Plan, Report, process_peak};
+pub use mmgp_residency::{Budget, Budgets, Bytes, Forecast, Plan, Report, process_peak};
 pub use offload::{Module, Offload, OffloadBuilder};
 pub use picture::{Names, write_png};
 pub use store::{Entry, Store};

@@ -16,7 +16,7 @@ use mmgp_models::{
 };
 use mmgp_profiles::{Profile, Settings, Switch};
 use mmgp_residency::{
-    Budget, Budgets, Bytes, ModelBuilder, Paged, Pager, Plan, Report, check_pageable,
+    Budget, Budgets, Bytes, Forecast, ModelBuilder, Paged, Pager, Plan, Report, check_pageable,
 };
 
 use crate::{
@@ -425,6 +425,11 @@ impl Offload {
     /// What happened so far.
     pub fn report(&self) -> Report {
         self.pager.report()
+    }
+
+    /// What a steady pass of the model `name` takes by the plan in force; `None` until its blocks were measured.
+    pub fn forecast(&self, name: &str) -> Option<Forecast> {
+        self.pager.forecast(name, 1)
     }
 
     /// Set it to stop at the next block; what runs then fails with an error that

@@ -127,7 +127,7 @@ impl Folder {
             class: if picture { CogVideoXPipeline::FROM_PICTURE } else { "CogVideoXPipeline" },
             models: models.into_iter().map(|model| model.stored_in(dtype)).collect(),
             scheduler: (scheduler, config),
-            tokenizers: vec![("tokenizer", "T5Tokenizer", "tokenizer_2")],
+            tokenizers: vec![("tokenizer", "T5Tokenizer", parts::T5_TOKENIZER)],
         }
     }
 }

@@ -2,7 +2,6 @@
 
 use mmgp_models::{
     flux::{FluxConfig, FluxTransformer},
-    text::clip::{ClipConfig, ClipText, Projection},
     vae::kl::{KlConfig, KlDecoder, KlEncoder},
 };
 use serde_json::json;
@@ -40,23 +39,6 @@ impl Folder {
             "patch_size": 1,
             "pooled_projection_dim": 768,
         });
-        let clip = json!({
-            "architectures": ["CLIPTextModel"],
-            "model_type": "clip_text_model",
-            "torch_dtype": "bfloat16",
-            "vocab_size": 49408,
-            "hidden_size": 768,
-            "intermediate_size": 3072,
-            "projection_dim": 768,
-            "num_hidden_layers": 12,
-            "num_attention_heads": 12,
-            "max_position_embeddings": 77,
-            "hidden_act": "quick_gelu",
-            "layer_norm_eps": 1e-5,
-            "bos_token_id": 0,
-            "eos_token_id": 2,
-            "pad_token_id": 1,
-        });
         let vae = json!({
             "_class_name": "AutoencoderKL",
             "_diffusers_version": "0.30.0.dev0",
@@ -93,11 +75,7 @@ impl Folder {
         Self {
             class: "FluxPipeline",
             models: vec![
-                Model::new("text_encoder", "CLIPTextModel", clip, |path, sketch| {
-                    let config = ClipConfig::from_file(path)?;
-                    ClipText::new(&config, Projection::No, sketch.builder())?;
-                    Ok(())
-                }),
+                parts::clip("text_encoder"),
                 parts::t5("text_encoder_2", t5),
                 Model::new("transformer", "FluxTransformer2DModel", transformer, |path, sketch| {
                     FluxTransformer::new(&FluxConfig::from_file(path)?, sketch.builder())?;
@@ -112,8 +90,8 @@ impl Folder {
             ],
             scheduler: ("FlowMatchEulerDiscreteScheduler", scheduler),
             tokenizers: vec![
-                ("tokenizer", "CLIPTokenizer", "tokenizer"),
-                ("tokenizer_2", "T5TokenizerFast", "tokenizer_2"),
+                ("tokenizer", "CLIPTokenizer", parts::CLIP_TOKENIZER),
+                ("tokenizer_2", "T5TokenizerFast", parts::T5_TOKENIZER),
             ],
         }
     }

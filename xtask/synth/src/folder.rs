@@ -18,6 +18,8 @@ use serde_json::{Value, json};
 
 use crate::values;
 
+const REPOSITORY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../..");
+
 /// The configs of a pipeline, as their files have them.
 #[derive(Clone, Debug)]
 pub struct Folder {
@@ -25,7 +27,7 @@ pub struct Folder {
     pub(crate) models: Vec<Model>,
     /// Class and config.
     pub(crate) scheduler: (&'static str, Value),
-    /// Folder, class, and the folder of the demo whose files stand for it.
+    /// Folder, class, and the folder of the repository whose files stand for it.
     pub(crate) tokenizers: Vec<(&'static str, &'static str, &'static str)>,
 }
 
@@ -101,13 +103,11 @@ impl Sketches<'_> {
 
 /// How a folder is written.
 #[derive(Clone, Copy, Debug)]
-pub struct Options<'a> {
+pub struct Options {
     /// Other seeds give other weights.
     pub seed: u64,
     /// A file of weights is at most so large, in bytes, or holds a single tensor.
     pub shard_bytes: u64,
-    /// The folder whose `tokenizer` and `tokenizer_2` are copied.
-    pub tokenizers: &'a Path,
 }
 
 /// The weights of one model, written.
@@ -136,7 +136,7 @@ impl Folder {
     pub fn write(
         &self,
         dir: &Path,
-        options: &Options<'_>,
+        options: &Options,
         mut tell: impl FnMut(&Written),
     ) -> Result<()> {
         fs::create_dir_all(dir).with_context(|| format!("{}", dir.display()))?;
@@ -144,7 +144,7 @@ impl Folder {
         ensure!(empty.is_none(), "{} is not empty: name a new folder", dir.display());
 
         for (name, _, from) in &self.tokenizers {
-            copy_files(&options.tokenizers.join(from), &dir.join(name))?;
+            copy_files(&Path::new(REPOSITORY).join(from), &dir.join(name))?;
         }
         write_json(&dir.join("scheduler/scheduler_config.json"), &self.scheduler.1)?;
         // Every config before any weights: a mistake in one costs nothing then.
@@ -181,7 +181,7 @@ fn write_weights(
     model: &Model,
     dir: &Path,
     tensors: &[(String, Vec<usize>)],
-    options: &Options<'_>,
+    options: &Options,
 ) -> Result<Written> {
     let begun = Instant::now();
     let stem = if model.is_transformers() { "model" } else { "diffusion_pytorch_model" };

@@ -10,6 +10,7 @@ mod cogvideox;
 mod depth;
 mod flux;
 mod folder;
+mod hunyuanvideo;
 mod parts;
 pub mod values;
 

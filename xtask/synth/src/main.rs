@@ -1,28 +1,28 @@
 //! `cargo xtask synth`: writes a pipeline's folder of random weights in true shapes.
 #![forbid(unsafe_code)]
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use anyhow::{Context as _, Result, anyhow, ensure};
+use anyhow::{Result, anyhow, ensure};
 use clap::{Parser, ValueEnum};
 use mmgp_residency::{Bytes, process_peak};
 use mmgp_synth::{CogVideoX, Depth, Flux, Folder, Options};
 
 /// Writes a pipeline's folder that `mmgp generate --model` takes: random weights in true shapes and
-/// widths, of as many blocks as asked for, with the demo's tokenizers
+/// widths, of as many blocks as asked for, with small tokenizers
 #[derive(Parser)]
 #[command(name = "cargo xtask synth")]
 struct Cli {
     /// The pipeline
     #[arg(value_enum)]
     pipeline: Pipeline,
-    /// Blocks of the transformer, of FLUX double and single ones [default: all; FLUX: 19+38, CogVideoX:
-    /// 30 or 42]
+    /// Blocks of the transformer, of FLUX and HunyuanVideo double and single ones [default: all: FLUX
+    /// 19+38, HunyuanVideo 20+40, CogVideoX 30 or 42]
     #[arg(long, value_name = "N|DOUBLE+SINGLE")]
     depth: Option<Depth>,
-    /// Blocks of T5
-    #[arg(long, value_name = "N", default_value_t = 24)]
-    t5_depth: usize,
+    /// Blocks of the large text encoder [default: all: T5 24, Llama 32]
+    #[arg(long, value_name = "N", alias = "t5-depth")]
+    text_depth: Option<usize>,
     /// The folder to write, which must not exist or be empty
     #[arg(long)]
     dir: PathBuf,
@@ -44,19 +44,24 @@ enum Pipeline {
     CogVideoX5b,
     #[value(name = "cogvideox-5b-i2v")]
     CogVideoX5bI2v,
+    #[value(name = "hunyuanvideo")]
+    HunyuanVideo,
 }
 
 /// The folder that is asked for.
 fn folder(cli: &Cli) -> Result<Folder> {
+    let both = |double, single| {
+        let depth = cli.depth.unwrap_or(Depth { double, single: Some(single) });
+        depth.both().map_err(|why| anyhow!("--depth: {why}"))
+    };
     let flux = |kind| {
-        let depth = cli.depth.unwrap_or(Depth { double: 19, single: Some(38) });
-        let (double, single) = depth.both().map_err(|why| anyhow!("--depth: {why}"))?;
-        Ok(Folder::flux(kind, double, single, cli.t5_depth))
+        let (double, single) = both(19, 38)?;
+        Ok(Folder::flux(kind, double, single, cli.text_depth.unwrap_or(24)))
     };
     let cogvideox = |kind, all| {
         let depth = cli.depth.unwrap_or(Depth { double: all, single: None });
         ensure!(depth.single.is_none(), "CogVideoX has one kind of blocks: --depth N");
-        Ok(Folder::cogvideox(kind, depth.double, cli.t5_depth))
+        Ok(Folder::cogvideox(kind, depth.double, cli.text_depth.unwrap_or(24)))
     };
     match cli.pipeline {
         Pipeline::FluxDev => flux(Flux::Dev),
@@ -64,6 +69,10 @@ fn folder(cli: &Cli) -> Result<Folder> {
         Pipeline::CogVideoX2b => cogvideox(CogVideoX::Small, 30),
         Pipeline::CogVideoX5b => cogvideox(CogVideoX::Large, 42),
         Pipeline::CogVideoX5bI2v => cogvideox(CogVideoX::LargeFromPicture, 42),
+        Pipeline::HunyuanVideo => {
+            let (double, single) = both(20, 40)?;
+            Ok(Folder::hunyuanvideo(double, single, cli.text_depth.unwrap_or(32)))
+        }
     }
 }
 
@@ -77,10 +86,7 @@ fn shard_size(text: &str) -> Result<Bytes, String> {
 fn main() -> Result<()> {
     let cli = Cli::parse();
     let folder = folder(&cli)?;
-    let tokenizers = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../assets/tiny-flux");
-    let tokenizers = tokenizers.canonicalize().context("the demo's folder, for its tokenizers")?;
-    let options =
-        Options { seed: cli.seed, shard_bytes: cli.shard_size.0, tokenizers: &tokenizers };
+    let options = Options { seed: cli.seed, shard_bytes: cli.shard_size.0 };
     folder.write(&cli.dir, &options, |written| {
         let seconds = written.took.as_secs_f64();
         println!(

@@ -1,9 +1,41 @@
 //! Models that several families have.
 
-use mmgp_models::text::t5::{T5Config, T5Encoder};
+use mmgp_models::text::{
+    clip::{ClipConfig, ClipText, Projection},
+    t5::{T5Config, T5Encoder},
+};
 use serde_json::json;
 
 use crate::folder::Model;
+
+/// Files of the repository that stand for a family's tokenizers: small, with ids that the models have.
+pub(crate) const CLIP_TOKENIZER: &str = "assets/tiny-flux/tokenizer";
+pub(crate) const T5_TOKENIZER: &str = "assets/tiny-flux/tokenizer_2";
+
+/// CLIP-L's text encoder under `name`.
+pub(crate) fn clip(name: &'static str) -> Model {
+    let config = json!({
+        "architectures": ["CLIPTextModel"],
+        "model_type": "clip_text_model",
+        "torch_dtype": "bfloat16",
+        "vocab_size": 49408,
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "projection_dim": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "max_position_embeddings": 77,
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "pad_token_id": 1,
+    });
+    Model::new(name, "CLIPTextModel", config, |path, sketch| {
+        ClipText::new(&ClipConfig::from_file(path)?, Projection::No, sketch.builder())?;
+        Ok(())
+    })
+}
 
 /// T5-XXL's encoder under `name`, with so many of its 24 blocks.
 pub(crate) fn t5(name: &'static str, t5: usize) -> Model {

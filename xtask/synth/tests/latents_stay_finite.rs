@@ -4,8 +4,6 @@
 //! what is written is the same function of names and shapes.
 #![allow(clippy::unwrap_used)]
 
-use std::path::Path;
-
 use candle_core::Device;
 use mmgp_models::{OpenOptions, Picture, Request, open_pipeline};
 use mmgp_residency::{Budget, Pager};
@@ -31,8 +29,7 @@ fn t5() -> Value {
 fn draw(folder: &Folder, models: &[&str], change: impl FnOnce(&mut Request)) {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path().join("pipeline");
-    let tokenizers = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../assets/tiny-flux");
-    let options = Options { seed: 7, shard_bytes: 1_000_000, tokenizers: &tokenizers };
+    let options = Options { seed: 7, shard_bytes: 1_000_000 };
     let mut written = Vec::new();
     folder.write(&dir, &options, |model| written.push(model.model)).unwrap();
     assert_eq!(written, models);
@@ -45,9 +42,9 @@ fn draw(folder: &Folder, models: &[&str], change: impl FnOnce(&mut Request)) {
     assert_eq!(pipeline.unused(), []);
     pager.plan(Budget::Percent(50.)).unwrap();
     let mut request = pipeline.defaults().request("a red heart and a blue star");
-    assert_eq!((request.width, request.height), (64, 64));
     request.max_sequence_length = 32;
     change(&mut request);
+    assert_eq!((request.width, request.height), (64, 64));
     let output = pipeline.generate(&request, &mut |_| ()).unwrap();
 
     let latents = &output.latents.values;
@@ -104,6 +101,36 @@ fn cogvideox(kind: CogVideoX, layers: usize, steps: usize) {
             let rgb = (0..64 * 64 * 3).map(|i| (i % 251) as u8).collect();
             request.image = Some(Picture { width: 64, height: 64, rgb });
         }
+    });
+}
+
+#[test]
+fn hunyuanvideo_in_four_steps() {
+    let folder = narrow(
+        Folder::hunyuanvideo(2, 3, 5),
+        &[
+            (
+                "transformer",
+                json!({"num_attention_heads": 2, "text_embed_dim": 128, "pooled_projection_dim": 64}),
+            ),
+            (
+                "text_encoder",
+                json!({
+                    "hidden_size": 128, "intermediate_size": 320, "num_attention_heads": 4,
+                    "num_key_value_heads": 2, "vocab_size": 240,
+                }),
+            ),
+            (
+                "text_encoder_2",
+                json!({"vocab_size": 1536, "hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 2}),
+            ),
+            ("vae", json!({"block_out_channels": [32, 32, 64, 64]})),
+        ],
+    );
+    let models = ["text_encoder", "text_encoder_2", "transformer", "vae"];
+    draw(&folder, &models, |request| {
+        request.steps = 4;
+        (request.width, request.height, request.frames) = (64, 64, 5);
     });
 }
 

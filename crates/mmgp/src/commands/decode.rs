@@ -73,6 +73,6 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let mut progress = Progress::new(args.machine.is_quiet());
     let path = out.decode(&offload, &mut *pipeline, &denoised, &mut progress)?;
     println!("wrote {}", path.display());
-    finish(&args.machine, &offload);
+    finish(&args.machine, &offload, None);
     Ok(())
 }

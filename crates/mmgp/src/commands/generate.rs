@@ -1,10 +1,13 @@
 //! `mmgp generate`: a prompt becomes pictures or videos.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use anyhow::{Context, bail};
 use mmgp::{
-    About, AdapterArg, Denoised, GuidanceSchedule, Offload, Pipeline, Request, Tiles, Unfit,
+    About, AdapterArg, Bytes, Denoised, GuidanceSchedule, Offload, Pipeline, Request, Tiles, Unfit,
     process_peak, read_picture,
 };
 
@@ -138,6 +141,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     }
     stop_on_signal(&offload)?;
 
+    let mut step = None;
     for i in 0..args.count {
         let request = Request { seed: request.seed.wrapping_add(i), ..request.clone() };
         let mut progress = Progress::new(quiet);
@@ -160,15 +164,26 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         })?;
         std::fs::remove_file(&kept).with_context(|| kept.display().to_string())?;
         println!("wrote {} (latents {hash})", path.display());
+        step = progress.step().or(step);
     }
-    finish(&args.machine, &offload);
+    finish(&args.machine, &offload, step);
     Ok(())
 }
 
-/// What happened, for those who want to know.
-pub(crate) fn finish(machine: &Machine, offload: &Offload) {
+/// What happened, for those who want to know; `step` is what a denoising step took.
+pub(crate) fn finish(machine: &Machine, offload: &Offload, step: Option<Duration>) {
     if !machine.is_quiet() {
         eprintln!("{}", offload.report());
+        if let Some((step, forecast)) = step.zip(offload.forecast("transformer")) {
+            let step = step.as_secs_f64();
+            eprintln!(
+                "a step took {step:.3} s, {:.3} of the {:.3} s of its schedule: {} streamed at {}/s",
+                step / forecast.schedule,
+                forecast.schedule,
+                forecast.streamed,
+                Bytes(forecast.link as u64)
+            );
+        }
         if let Some(peak) = process_peak() {
             eprintln!("the process' memory peaked at {peak}");
         }

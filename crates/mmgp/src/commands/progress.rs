@@ -11,6 +11,7 @@ pub(crate) struct Progress {
     lines: bool,
     step: Option<Instant>,
     last: Duration,
+    steps: Vec<Duration>,
     /// When decoding began.
     begun: Instant,
 }
@@ -21,7 +22,7 @@ impl Progress {
             if quiet { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
         let bar = ProgressBar::with_draw_target(None, target);
         let lines = !quiet && bar.is_hidden();
-        Self { bar, lines, step: None, last: Duration::ZERO, begun: Instant::now() }
+        Self { bar, lines, step: None, last: Duration::ZERO, steps: Vec::new(), begun: Instant::now() }
     }
 
     pub(crate) fn tell(&mut self, event: &Event) {
@@ -34,7 +35,7 @@ impl Progress {
             }),
             Event::Step { index, of } => {
                 if let Some(begun) = self.step.replace(Instant::now()) {
-                    self.last = begun.elapsed();
+                    self.stepped(begun.elapsed());
                     self.line(*index, *of);
                 } else if let Ok(style) =
                     ProgressStyle::with_template("{bar:30} step {pos}/{len}  {msg}  {elapsed_precise}")
@@ -50,7 +51,7 @@ impl Progress {
             Event::Decoding => {
                 self.begun = Instant::now();
                 if let Some(begun) = self.step.take() {
-                    self.last = begun.elapsed();
+                    self.stepped(begun.elapsed());
                     let steps = self.bar.length().unwrap_or(0) as usize;
                     self.line(steps, steps);
                 }
@@ -62,14 +63,29 @@ impl Progress {
         }
     }
 
+    fn stepped(&mut self, took: Duration) {
+        self.last = took;
+        self.steps.push(took);
+    }
+
+    /// What a step took in the median of all but the first, which measures.
+    pub(crate) fn step(&self) -> Option<Duration> {
+        let mut steps = self.steps.get(1..)?.to_vec();
+        steps.sort_unstable();
+        steps.get(steps.len() / 2).copied()
+    }
+
     /// So many frames are decoded.
-    pub(crate) fn frame(&self, done: usize, of: usize) {
-        if of > 1 {
-            self.bar.set_message(format!("frame {done} of {of}"));
-            if self.lines && done == of {
-                eprintln!("decoded {of} frames: {:.2} s", self.begun.elapsed().as_secs_f64());
-            }
+    pub(crate) fn frame(&self, done: usize) {
+        self.bar.set_message(format!("frame {done}"));
+    }
+
+    /// All frames are decoded.
+    pub(crate) fn decoded(&self, frames: usize) {
+        if self.lines && frames > 1 {
+            eprintln!("{frames} frames: {:.2} s", self.begun.elapsed().as_secs_f64());
         }
+        self.bar.finish_and_clear();
     }
 
     /// So many steps are done.
@@ -77,9 +93,5 @@ impl Progress {
         if self.lines {
             eprintln!("step {done} of {of}: {:.2} s", self.last.as_secs_f64());
         }
-    }
-
-    pub(crate) fn finish(&self) {
-        self.bar.finish_and_clear();
     }
 }

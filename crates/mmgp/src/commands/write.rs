@@ -50,7 +50,7 @@ impl Out {
         let mut frames = 0;
         let mut each = |frame: Picture| {
             frames += 1;
-            progress.borrow_mut().frame(frames, about.request.frames);
+            progress.borrow_mut().frame(frames);
             if about.request.frames == 1 {
                 to = To::Picture(frame);
                 return Ok(());
@@ -71,7 +71,7 @@ impl Out {
             To::Video(video) => video.finish()?,
             To::Nothing => unreachable!("a request has at least one frame"),
         };
-        progress.into_inner().finish();
+        progress.into_inner().decoded(frames);
         Ok(path)
     }
 }
