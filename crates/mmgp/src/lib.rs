@@ -41,6 +41,7 @@ mod device;
 mod error;
 mod image;
 mod latents;
+mod names;
 mod notes;
 mod offload;
 mod picture;
@@ -48,6 +49,7 @@ mod store;
 #[cfg(any(test, feature = "cuda"))]
 mod tested;
 mod times;
+mod video;
 
 pub use convert::Converted;
 pub use device::DeviceChoice;
@@ -61,6 +63,8 @@ pub use mmgp_models::{
 };
 pub use mmgp_profiles::{Amounts, Hardware, Models, Profile, Settings, Switch};
 pub use mmgp_residency::{Budget, Budgets, Bytes, Forecast, Plan, Report, process_peak};
+pub use names::{Medium, Names};
 pub use offload::{Module, Offload, OffloadBuilder};
-pub use picture::{Names, write_png};
+pub use picture::write_png;
 pub use store::{Entry, Store};
+pub use video::{Video, VideoFormat};

@@ -22,7 +22,14 @@ impl Progress {
             if quiet { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
         let bar = ProgressBar::with_draw_target(None, target);
         let lines = !quiet && bar.is_hidden();
-        Self { bar, lines, step: None, last: Duration::ZERO, steps: Vec::new(), begun: Instant::now() }
+        Self {
+            bar,
+            lines,
+            step: None,
+            last: Duration::ZERO,
+            steps: Vec::new(),
+            begun: Instant::now(),
+        }
     }
 
     pub(crate) fn tell(&mut self, event: &Event) {

@@ -45,6 +45,8 @@ impl Out {
         progress: &mut Progress,
     ) -> Result<PathBuf> {
         let Denoised { about, latents } = denoised;
+        let text: Vec<(&str, String)> =
+            about.text.iter().map(|(keyword, text)| (keyword.as_str(), text.clone())).collect();
         let mut to = To::Nothing;
         let progress = std::cell::RefCell::new(progress);
         let mut frames = 0;
@@ -57,7 +59,7 @@ impl Out {
             }
             if let To::Nothing = to {
                 let (width, height) = (frame.width, frame.height);
-                to = To::Video(self.names.video(width, height, about.fps, &about.text)?);
+                to = To::Video(self.names.video(width, height, about.fps, &text)?);
             }
             match &mut to {
                 To::Video(video) => video.frame(&frame.rgb),
@@ -67,7 +69,7 @@ impl Out {
         let mut tell = |event| progress.borrow_mut().tell(&event);
         offload.decode(pipeline, &about.request, latents, &mut tell, &mut each)?;
         let path = match to {
-            To::Picture(picture) => self.names.write(&picture, &about.text)?,
+            To::Picture(picture) => self.names.write(&picture, &text)?,
             To::Video(video) => video.finish()?,
             To::Nothing => unreachable!("a request has at least one frame"),
         };
