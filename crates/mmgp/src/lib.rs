@@ -39,6 +39,7 @@
 mod convert;
 mod device;
 mod error;
+mod names;
 mod notes;
 mod offload;
 mod picture;
@@ -46,6 +47,7 @@ mod store;
 #[cfg(any(test, feature = "cuda"))]
 mod tested;
 mod times;
+mod video;
 
 pub use convert::Converted;
 pub use device::DeviceChoice;
@@ -55,6 +57,8 @@ pub use mmgp_lora::{AdapterArg, Skipped, StepWeights, Unfit};
 pub use mmgp_models::{Defaults, Event, Picture, Pipeline, Recipe, Request};
 pub use mmgp_profiles::{Amounts, Hardware, Models, Profile, Settings, Switch};
 pub use mmgp_residency::{Budget, Budgets, Bytes, Plan, Report, process_peak};
+pub use names::{Medium, Names};
 pub use offload::{Module, Offload, OffloadBuilder};
-pub use picture::{Names, write_png};
+pub use picture::write_png;
 pub use store::{Entry, Store};
+pub use video::{Video, VideoFormat};

@@ -9,8 +9,8 @@ use std::{
 use anyhow::{Context, bail};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use mmgp::{
-    AdapterArg, Budget, Bytes, DeviceChoice, Event, Hardware, Names, Offload, Pipeline, Profile,
-    Request, Settings, Unfit, process_peak,
+    AdapterArg, Budget, Bytes, DeviceChoice, Event, Hardware, Medium, Names, Offload, Pipeline,
+    Profile, Request, Settings, Unfit, process_peak,
 };
 
 use super::quantize::{Quantize, StoreArg};
@@ -135,8 +135,8 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         }
     })?;
     let mut names = match &args.out {
-        Some(out) => Names::at(out, &args.prompt)?,
-        None => Names::of_prompt(&args.prompt),
+        Some(out) => Names::at(out, &args.prompt, Medium::Picture)?,
+        None => Names::of_prompt(&args.prompt, Medium::Picture),
     };
     let dir = match &args.model {
         Some(dir) => dir.clone(),
