@@ -285,7 +285,8 @@ mod tests {
                 for rows in [1, 2, 3] {
                     let strips = conv.composed(&x, size, rows * row)?;
                     let worst = (strips - &want)?.abs()?.max_all()?.to_scalar::<f32>()?;
-                    assert!(worst < 1e-6, "{window:?} {h}x{w} in strips of {rows}: {worst}");
+                    // Sums of 27 products of about 1 in another order; a seam would be about 1.
+                    assert!(worst < 1e-5, "{window:?} {h}x{w} in strips of {rows}: {worst}");
                 }
                 assert_eq!(got.dims(), want.dims(), "{window:?}");
                 let worst = (got - want)?.abs()?.max_all()?.to_scalar::<f32>()?;
