@@ -285,7 +285,8 @@ mod tests {
                 for rows in [1, 2, 3] {
                     let strips = conv.composed(&x, size, rows * row)?;
                     let worst = (strips - &want)?.abs()?.max_all()?.to_scalar::<f32>()?;
-                    assert!(worst < 1e-6, "{window:?} {h}x{w} in strips of {rows}: {worst}");
+                    // A product of fewer columns may sum in another order: last digits of up to 20.
+                    assert!(worst < 1e-5, "{window:?} {h}x{w} in strips of {rows}: {worst}");
                 }
                 assert_eq!(got.dims(), want.dims(), "{window:?}");
                 let worst = (got - want)?.abs()?.max_all()?.to_scalar::<f32>()?;
@@ -312,7 +313,7 @@ mod tests {
         let want = Conv2d::new(&weights, 3, 2, inside)?.forward(&wide)?;
         let got = Conv2d::new(&weights, 3, 2, Window::SAME.nearest())?.forward(&x)?;
         let worst = (got - want)?.abs()?.max_all()?.to_scalar::<f32>()?;
-        assert!(worst < 1e-6, "{worst}");
+        assert!(worst < 1e-5, "{worst}");
         Ok(())
     }
 
