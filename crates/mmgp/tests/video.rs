@@ -65,19 +65,21 @@ fn endings_decide_the_format_and_budgets_no_bit() {
 #[test]
 fn int8_has_the_same_bits_under_every_budget() {
     let dir = tempfile::tempdir().unwrap();
-    let model = tiny("cogvideox-2b");
-    let args = ["--frames", "1", "--out", "it.png"];
-    let run = |more: &[&str]| {
-        let run = generate(dir.path(), &model, &[&args[..], more].concat());
-        assert_eq!(run.code, Some(0), "{}", run.stderr);
-        run.latents().to_string()
-    };
-    let plain = run(&[]);
-    let int8 = ["--quantize", "transformer,text_encoder"];
-    let latents = run(&[&int8[..], &["--budget", "min"]].concat());
-    assert_ne!(latents, plain);
-    for budget in ["60%", "unlimited"] {
-        assert_eq!(run(&[&int8[..], &["--budget", budget]].concat()), latents, "{budget}");
+    for model in ["cogvideox-2b", "hunyuanvideo"] {
+        let model = tiny(model);
+        let args = ["--width", "32", "--height", "32", "--frames", "1", "--out", "it.png"];
+        let run = |more: &[&str]| {
+            let run = generate(dir.path(), &model, &[&args[..], more].concat());
+            assert_eq!(run.code, Some(0), "{}", run.stderr);
+            run.latents().to_string()
+        };
+        let plain = run(&[]);
+        let int8 = ["--quantize", "transformer,text_encoder"];
+        let latents = run(&[&int8[..], &["--budget", "min"]].concat());
+        assert_ne!(latents, plain);
+        for budget in ["60%", "unlimited"] {
+            assert_eq!(run(&[&int8[..], &["--budget", budget]].concat()), latents, "{budget}");
+        }
     }
 }
 

@@ -1,8 +1,9 @@
 //! Scaled dot-product attention whose memory grows linearly with the number of tokens.
 //!
 //! Query rows are taken in chunks, so that the scores of one chunk stay near 32 MiB however long the
-//! sequence is. The chunk is a function of the shape alone: it belongs to the recipe. The result
-//! comes with its heads merged, as the output projection takes it.
+//! sequence is; of a long one, few heads at a time, so that there are enough rows in a product. The chunk is a
+//! function of the shape and the kind of device: it belongs to the recipe. The result comes with its heads
+//! merged, as the output projection takes it.
 
 use candle_core::{D, DType, Device, Result, Tensor};
 
@@ -11,12 +12,22 @@ use crate::nn::cpu;
 /// The most scores (query rows × keys × heads × batch) that are held at once: 32 MiB in f32.
 const SCORES: usize = 8 << 20;
 
-/// How many query rows [`attention`] takes at a time for `planes` = batch × heads.
+/// The same for long sequences on other devices than the CPU: 64 MiB in bf16.
+const LONG_SCORES: usize = 32 << 20;
+/// Where all heads together leave fewer query rows than this for a chunk, heads are taken a few at a time: every
+/// chunk reads all keys and values.
+const ROWS: usize = 64;
+
+/// How many query rows [`attention`] takes at a time for `planes` = batch × heads that are taken together.
 ///
 /// As many as keep `planes · rows · keys` at most 2²³, rounded down to a multiple of 16 where there
 /// are that many, at least one, at most `queries`.
 pub fn chunk_rows(planes: usize, queries: usize, keys: usize) -> usize {
-    let rows = SCORES / planes.saturating_mul(keys).max(1);
+    rows_within(SCORES, planes, queries, keys)
+}
+
+fn rows_within(scores: usize, planes: usize, queries: usize, keys: usize) -> usize {
+    let rows = scores / planes.saturating_mul(keys).max(1);
     let rows = if rows >= 16 { rows - rows % 16 } else { rows };
     rows.clamp(1, queries.max(1))
 }
@@ -39,11 +50,60 @@ pub fn attention(
     scale: f64,
     biases: &[&Tensor],
 ) -> Result<Tensor> {
-    let (batch, heads, queries, d) = q.dims4()?;
-    let (_, groups, keys, e) = v.dims4()?;
+    let limit = if q.device().is_cpu() { SCORES } else { LONG_SCORES };
+    few_heads_at_a_time(q, k, v, scale, biases, [SCORES, limit])
+}
+
+/// [`attention`] with the most scores at once, of all heads and of a few where that leaves few rows.
+fn few_heads_at_a_time(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    scale: f64,
+    biases: &[&Tensor],
+    [all, few]: [usize; 2],
+) -> Result<Tensor> {
+    let (batch, heads, queries, _) = q.dims4()?;
+    let (_, groups, keys, _) = v.dims4()?;
     if groups == 0 || !heads.is_multiple_of(groups) {
         candle_core::bail!("attention: {heads} heads over keys and values of {groups}");
     }
+    if rows_within(all, batch * heads, queries, keys) >= ROWS.min(queries) {
+        return in_chunks(q, k, v, scale, biases, all);
+    }
+    let sharing = heads / groups;
+    let at_once = few / (2 * ROWS * sharing).saturating_mul(keys).max(1);
+    let at_once = at_once.clamp(1, groups);
+    let mut items = Vec::with_capacity(batch);
+    for item in 0..batch {
+        let mut parts = Vec::new();
+        for from in (0..groups).step_by(at_once) {
+            let count = at_once.min(groups - from);
+            let part = |t: &Tensor, by: usize| -> Result<Tensor> {
+                let t = if t.dim(0)? == 1 { t.clone() } else { t.narrow(0, item, 1)? };
+                if t.dim(1)? == 1 { Ok(t) } else { t.narrow(1, from * by, count * by) }
+            };
+            let biases = biases.iter().map(|b| part(b, sharing)).collect::<Result<Vec<_>>>()?;
+            let biases: Vec<&Tensor> = biases.iter().collect();
+            let (q, k, v) = (part(q, sharing)?, part(k, 1)?, part(v, 1)?);
+            parts.push(in_chunks(&q, &k, &v, scale, &biases, few)?);
+        }
+        items.push(Tensor::cat(&parts, 2)?);
+    }
+    Tensor::cat(&items, 0)
+}
+
+/// [`attention`] of all heads together, in chunks of query rows of at most `limit` scores.
+fn in_chunks(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    scale: f64,
+    biases: &[&Tensor],
+    limit: usize,
+) -> Result<Tensor> {
+    let (batch, heads, queries, d) = q.dims4()?;
+    let (_, groups, keys, e) = v.dims4()?;
     let planes = batch * heads;
     // The heads of a group are more rows of one product.
     let (products, sharing) = (batch * groups, heads / groups);
@@ -52,7 +112,7 @@ pub fn attention(
     let k = k.contiguous()?.reshape((products, keys, d))?.transpose(1, 2)?;
     let v = v.contiguous()?.reshape((products, keys, e))?;
     let out = Tensor::zeros((batch, queries, heads * e), q.dtype(), q.device())?;
-    let rows = chunk_rows(planes, queries, keys);
+    let rows = rows_within(limit, planes, queries, keys);
     let biases = biases.iter().map(|b| b.to_dtype(q.dtype())).collect::<Result<Vec<_>>>()?;
     for from in (0..queries).step_by(rows) {
         let rows = rows.min(queries - from);
@@ -194,6 +254,27 @@ mod tests {
             let got = got.flatten_all()?.to_vec1::<f32>()?;
             for (got, want) in got.iter().zip(naive(&q, &k, &v, 0.3, sum)?) {
                 assert!((f64::from(*got) - want).abs() < 1e-5, "{got} {want}");
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn few_heads_at_a_time_are_all_of_them() -> Result<()> {
+        let dev = Device::Cpu;
+        let rand = |s: &[usize]| Tensor::randn(0f32, 1., s, &dev);
+        // Five groups of two heads; a limit that leaves a row for a chunk of all heads.
+        let (q, k) = (rand(&[2, 10, 130, 6])?, rand(&[2, 5, 33, 6])?);
+        let v = rand(&[2, 5, 33, 4])?;
+        let whole = |bias: &Tensor| in_chunks(&q, &k, &v, 0.4, &[bias], usize::MAX);
+        for bias in [rand(&[2, 10, 130, 33])?, rand(&[1, 1, 130, 33])?, rand(&[2, 1, 1, 33])?] {
+            let want = whole(&bias)?;
+            // Two groups at a time, then one, in chunks of as many rows as fit.
+            for few in [2 * 2 * ROWS * 2 * 33, 2 * ROWS * 2 * 33, 5 * 33] {
+                let got = few_heads_at_a_time(&q, &k, &v, 0.4, &[&bias], [10 * 33, few])?;
+                assert_eq!(got.dims(), want.dims());
+                let worst = (got - &want)?.abs()?.max_all()?.to_scalar::<f32>()?;
+                assert!(worst < 1e-5, "{few}: {worst}");
             }
         }
         Ok(())

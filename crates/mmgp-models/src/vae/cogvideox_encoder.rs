@@ -89,7 +89,7 @@ struct Encoder {
 }
 
 enum Step {
-    Residual(Residual),
+    Residual(Box<Residual>),
     Halve(Conv2d),
 }
 
@@ -100,7 +100,7 @@ impl Encoder {
         let groups = config.norm_num_groups;
         let (first, last) = (channels[0], channels[channels.len() - 1]);
         let residual = |path: String, from: usize, to: usize| -> Built<Step> {
-            Ok(Step::Residual(Residual::new(&weights.pp(path), from, to, groups)?))
+            Ok(Step::Residual(Box::new(Residual::new(&weights.pp(path), from, to, groups)?)))
         };
         let mut steps = Vec::new();
         let mut from = first;

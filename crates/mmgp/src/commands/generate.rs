@@ -263,7 +263,8 @@ fn text(args: &Args, pipeline: &dyn Pipeline, request: &Request) -> Vec<(String,
         recipe.push(format!("lora: {name} at {weights}"));
     }
     if let Some(image) = &args.image {
-        recipe.push(format!("image: {}", image.display()));
+        let name = image.file_name().unwrap_or(image.as_os_str()).to_string_lossy();
+        recipe.push(format!("image: {name}"));
     }
     [
         ("Software", format!("mmgp {}", env!("CARGO_PKG_VERSION"))),
