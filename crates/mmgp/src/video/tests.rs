@@ -99,7 +99,7 @@ fn rgb(yuv: &impl YUVSource) -> Vec<u8> {
             let (x, y) = (x.min(width / 2 - 1), y.min(height / 2 - 1));
             (f32::from(plane[y * row + x]) - 128.) / 224.
         };
-        let other = if y % 2 == 0 { (y / 2).saturating_sub(1) } else { y / 2 + 1 };
+        let other = if y.is_multiple_of(2) { (y / 2).saturating_sub(1) } else { y / 2 + 1 };
         let column = |x: usize| 0.75 * at(x, y / 2) + 0.25 * at(x, other);
         0.5 * (column(x / 2) + column(x.div_ceil(2)))
     };
@@ -259,7 +259,7 @@ fn a_gif_file_holds_all_frames_in_time_and_loops() {
 fn few_colours_stay_what_they_are_in_a_gif_file() {
     let dir = tempfile::tempdir().unwrap();
     let given: Vec<u8> = (0..=255).flat_map(|i| [i, 255 - i, i / 2]).collect();
-    let path = write(&dir.path().join("v.gif"), (16, 16), 8., &[given.clone()]);
+    let path = write(&dir.path().join("v.gif"), (16, 16), 8., std::slice::from_ref(&given));
     let mut options = ::gif::DecodeOptions::new();
     options.set_color_output(::gif::ColorOutput::RGBA);
     let mut decoder = options.read_info(BufReader::new(fs::File::open(path).unwrap())).unwrap();
