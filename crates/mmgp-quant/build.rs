@@ -1,52 +1,8 @@
-//! Compiles the CUDA kernels ahead into one fat binary; does nothing without the feature `cuda`.
-//!
-//! The binary holds machine code of the GPUs that are common and, for all others from compute
-//! capability 8.0 on, PTX that the driver compiles.
+//! Compiles the CUDA kernels ahead; does nothing without the feature `cuda`.
 
-use std::{env, path::PathBuf, process::Command};
-
-/// Compute capabilities that get machine code.
-const MACHINE: &[&str] = &["80", "86", "89", "90", "120"];
-/// The one that gets PTX.
-const PTX: &str = "80";
+mod nvcc;
 
 fn main() {
-    println!("cargo::rerun-if-changed=build.rs");
-    if env::var_os("CARGO_FEATURE_CUDA").is_none() {
-        return;
-    }
-    let source = "src/kernels/cuda/int8.cu";
-    println!("cargo::rerun-if-changed={source}");
-    println!("cargo::rerun-if-env-changed=CUDA_HOME");
-    if let Err(why) = compile(source) {
-        println!("cargo::error={why}");
-        std::process::exit(1);
-    }
-}
-
-fn compile(source: &str) -> Result<(), String> {
-    let nvcc = match env::var_os("CUDA_HOME") {
-        Some(home) => PathBuf::from(home).join("bin").join("nvcc"),
-        None => PathBuf::from("nvcc"),
-    };
-    let out = env::var_os("OUT_DIR").ok_or("cargo set no OUT_DIR")?;
-    let mut command = Command::new(&nvcc);
-    command.args(["-fatbin", "-std=c++17", "-O3"]);
-    for sm in MACHINE {
-        command.arg("-gencode").arg(format!("arch=compute_{sm},code=sm_{sm}"));
-    }
-    command.arg("-gencode").arg(format!("arch=compute_{PTX},code=compute_{PTX}"));
-    command.arg("-o").arg(PathBuf::from(out).join("int8.fatbin")).arg(source);
-    let output = command.output().map_err(|why| {
-        format!(
-            "the feature `cuda` needs the CUDA 13 toolkit, but {} cannot be run ({why}): set \
-             CUDA_HOME to a toolkit, or fetch one with `cargo xtask cuda-toolkit`",
-            nvcc.display()
-        )
-    })?;
-    if !output.status.success() {
-        let said = String::from_utf8_lossy(&output.stderr).trim().replace('\n', " | ");
-        return Err(format!("{} failed on {source}: {said}", nvcc.display()));
-    }
-    Ok(())
+    println!("cargo::rerun-if-changed=nvcc.rs");
+    nvcc::fatbin("src/kernels/cuda/int8.cu", "int8");
 }

@@ -227,12 +227,21 @@ pub fn join_parts(parts: &[Part]) -> Result<Vec<usize>> {
 pub struct MemorySource {
     tensors: HashMap<String, Tensor>,
     device: Device,
+    compute: DType,
 }
 
 impl MemorySource {
-    /// An empty source whose tensors live on `device`.
+    /// An empty source whose tensors live on `device`; activations are f32 on the CPU, else bf16.
     pub fn new(device: &Device) -> Self {
-        Self { tensors: HashMap::new(), device: device.clone() }
+        let compute = if device.is_cpu() { DType::F32 } else { DType::BF16 };
+        Self { tensors: HashMap::new(), device: device.clone(), compute }
+    }
+
+    /// Has activations in `dtype`.
+    #[must_use]
+    pub fn computing_in(mut self, dtype: DType) -> Self {
+        self.compute = dtype;
+        self
     }
 
     /// Adds a tensor under its full name.
@@ -295,7 +304,7 @@ impl Source for MemorySource {
     }
 
     fn compute_dtype(&self) -> DType {
-        if self.device.is_cpu() { DType::F32 } else { DType::BF16 }
+        self.compute
     }
 
     fn origin(&self) -> String {

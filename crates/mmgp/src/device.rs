@@ -110,30 +110,43 @@ fn cuda(ordinal: usize, gpu: &GpuUse) -> mmgp_residency::Result<Opened> {
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
     let driver = crate::tested::driver_in(&maps);
     if let Device::Cuda(device) = cuda.candle() {
-        self_test(&card, driver.as_deref(), device)?;
+        use mmgp_models::nn::cuda as nn;
+        let driver = driver.as_deref();
+        self_test(&card, driver, mmgp_quant::kernel_image(), || mmgp_quant::self_test(device))?;
+        match self_test(&card, driver, nn::kernel_image(), || nn::self_test(device)) {
+            Ok(()) => nn::enable(device),
+            // A kernel that broke the context leaves nothing to compute with.
+            Err(error) if cuda.candle().synchronize().is_err() => return Err(error.into()),
+            // What these kernels do the tensor library's operations do too.
+            Err(error) => {
+                nn::disable(device);
+                tracing::warn!("computing without fused kernels, which is slower: {error}");
+            }
+        }
     }
     let machine = driver.map(|driver| format!("{card}, {driver}, {}", host()));
     Ok(Opened { pager: Pager::over(cuda)?, machine })
 }
 
-/// Tests the kernels on the card, once for this card, driver and build.
+/// Tests the kernels of `image` on the card, once for this card, driver and build.
 #[cfg(feature = "cuda")]
 fn self_test(
     card: &str,
     driver: Option<&str>,
-    device: &candle_core::CudaDevice,
+    image: &[u8],
+    test: impl FnOnce() -> Result<(), mmgp_quant::Error>,
 ) -> Result<(), mmgp_quant::Error> {
     use crate::{Store, notes::Notes, tested};
     let subject = driver.map(|driver| tested::Subject {
         card: card.into(),
         driver: driver.into(),
         version: env!("CARGO_PKG_VERSION").into(),
-        kernels: blake3::hash(mmgp_quant::kernel_image()).to_hex().to_string(),
+        kernels: blake3::hash(image).to_hex().to_string(),
     });
     let notes = Store::of_user().map(|store| Notes::at(store.folder().join("self-test")));
     tested::once(notes.as_ref(), subject.as_ref(), || {
         tracing::info!("testing the kernels on {card}");
-        mmgp_quant::self_test(device)
+        test()
     })
 }
 

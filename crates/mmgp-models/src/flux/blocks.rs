@@ -9,8 +9,8 @@ use mmgp_quant::{Bias, Linear, Weights};
 use crate::{
     flux::FluxConfig,
     nn::{
-        Activation, FeedForward, Heads, Modulation, RmsNorm, Rope, attention, gated_add, join_gelu,
-        layer_norm_modulated,
+        Activation, FeedForward, HeadRows, Heads, Modulation, RmsNorm, Rope, attention, gated_add,
+        join_gelu, layer_norm_modulated,
     },
 };
 
@@ -41,14 +41,12 @@ impl Projection {
         })
     }
 
-    fn forward(&self, x: &Tensor, rope: &Rope) -> Result<[Tensor; 3]> {
-        let rows = self.qkv.forward(x)?;
-        let (heads, width) = (self.heads, self.heads.width());
-        Ok([
-            heads.split(&rows, 0, Some(&self.norm_q), Some(rope))?,
-            heads.split(&rows, width, Some(&self.norm_k), Some(rope))?,
-            heads.split(&rows, 2 * width, None, None)?,
-        ])
+    /// What becomes of the queries, keys and values in `rows`, the product of the stream.
+    fn parts<'a>(&'a self, rows: &'a Tensor, rope: &'a Rope) -> [HeadRows<'a>; 3] {
+        let width = self.heads.width();
+        let turned = |first, norm| HeadRows { rows, first, norm: Some(norm), rope: Some(rope) };
+        let v = HeadRows { rows, first: 2 * width, norm: None, rope: None };
+        [turned(0, &self.norm_q), turned(width, &self.norm_k), v]
     }
 }
 
@@ -134,13 +132,16 @@ impl DoubleBlock {
         let project = |stream: &Stream, x: &Tensor, first: usize| {
             let modulation = stream.modulation.forward(activated)?;
             let y = layer_norm_modulated(x, &modulation[1], &modulation[0], EPS)?;
-            let qkv = stream.projection.forward(&y, &rope.narrow(first, y.dim(1)?)?)?;
-            Ok::<_, candle_core::Error>((modulation, qkv))
+            let rows = stream.projection.qkv.forward(&y)?;
+            Ok::<_, candle_core::Error>((modulation, rows, rope.narrow(first, x.dim(1)?)?))
         };
-        let (text_mod, [tq, tk, tv]) = project(&self.text, text, 0)?;
-        let (image_mod, [iq, ik, iv]) = project(&self.image, image, m)?;
-        let join = |a: Tensor, b: Tensor| Tensor::cat(&[a, b], 2);
-        let (q, k, v) = (join(tq, iq)?, join(tk, ik)?, join(tv, iv)?);
+        let (text_mod, text_rows, text_rope) = project(&self.text, text, 0)?;
+        let (image_mod, image_rows, image_rope) = project(&self.image, image, m)?;
+        let heads = self.image.projection.heads;
+        let [tq, tk, tv] = self.text.projection.parts(&text_rows, &text_rope);
+        let [iq, ik, iv] = self.image.projection.parts(&image_rows, &image_rope);
+        let (q, k, v) = (heads.join(&[tq, iq])?, heads.join(&[tk, ik])?, heads.join(&[tv, iv])?);
+        drop((text_rows, image_rows));
         let mixed = attention(&q, &k, &v, self.scale, &[])?;
         drop((q, k, v));
         let next_text = self.text.finish(text, &mixed.narrow(1, 0, m)?, &text_mod)?;

@@ -6,6 +6,8 @@
 use candle_core::{D, DType, Result, Tensor};
 
 use crate::nn::cpu;
+#[cfg(feature = "cuda")]
+use crate::nn::cuda;
 
 /// An activation function, by the names that model configs use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,6 +42,10 @@ impl Activation {
     /// # Errors
     /// Weights that are not leased.
     pub fn apply(self, x: &Tensor) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if cuda::take(&[x]) {
+            return cuda::activate(self, x, None);
+        }
         let kernel: fn(f32) -> f32 = match self {
             Self::Relu => return x.relu(),
             Self::Gelu => return x.gelu_erf(),
@@ -58,6 +64,19 @@ impl Activation {
         map(x, kernel)
     }
 
+    /// Applies it to each element of `gate` and multiplies by `x`, which has the same shape: a gated linear
+    /// unit ([GLU Variants Improve Transformer](https://arxiv.org/abs/2002.05202)).
+    ///
+    /// # Errors
+    /// Shapes that differ; weights that are not leased.
+    pub fn apply_times(self, gate: &Tensor, x: &Tensor) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if cuda::take(&[gate, x]) {
+            return cuda::activate(self, gate, Some(x));
+        }
+        self.apply(gate)? * x
+    }
+
     /// f(a) · b of `x` = `[a, b]` along its last dimension, `[…, 2n]` to `[…, n]`: what stands between
     /// the products of a gated feed-forward ([GLU variants](https://arxiv.org/abs/2002.05202)).
     ///
@@ -71,7 +90,7 @@ impl Activation {
         let n = width / 2;
         if self != Self::Silu || !x.device().is_cpu() || x.dtype() != DType::F32 {
             let part = |first: usize| x.narrow(D::Minus1, first, n)?.contiguous();
-            return self.apply(&part(0)?)? * part(n)?;
+            return self.apply_times(&part(0)?, &part(n)?);
         }
         let x = x.contiguous()?;
         let mut out = vec![0f32; x.elem_count() / 2];
@@ -103,6 +122,10 @@ pub fn join_gelu(a: &Tensor, x: &Tensor, first: usize) -> Result<Tensor> {
         candle_core::bail!("join_gelu: {:?} and {:?} from {first}", a.dims(), x.dims());
     }
     let m = width - first;
+    #[cfg(feature = "cuda")]
+    if cuda::take(&[a, x]) {
+        return cuda::join_gelu(a, x, first);
+    }
     if !x.device().is_cpu() || x.dtype() != DType::F32 {
         let x = x.narrow(D::Minus1, first, m)?.contiguous()?.gelu()?;
         return Tensor::cat(&[a, &x], D::Minus1);
@@ -170,6 +193,11 @@ mod tests {
             let worst = (activation.apply(&x)? - want)?.abs()?.max_all()?.to_scalar::<f32>()?;
             assert!(worst < 2e-6, "{activation:?} {worst}");
         }
+        let y = Tensor::randn(0f32, 1., x.dims(), &dev)?;
+        let want = (x.silu()? * &y)?;
+        let worst = (Activation::Silu.apply_times(&x, &y)? - want)?.abs()?.max_all()?;
+        assert!(worst.to_scalar::<f32>()? < 1e-5);
+        assert!(Activation::Silu.apply_times(&x, &y.narrow(0, 0, 1)?).is_err());
         assert_eq!(Activation::parse("gelu"), Some(Activation::Gelu));
         assert_eq!(Activation::parse("mish"), None);
         Ok(())

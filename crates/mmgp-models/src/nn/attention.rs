@@ -7,7 +7,7 @@
 
 use candle_core::{D, DType, Device, Result, Tensor};
 
-use crate::nn::cpu;
+use crate::nn::{cpu, heads::merge};
 
 /// The most scores (query rows × keys × heads × batch) that are held at once: 32 MiB in f32.
 const SCORES: usize = 8 << 20;
@@ -130,8 +130,7 @@ fn in_chunks(
             scaled_softmax(scores.reshape((planes, rows, keys))?, 1.)?
         };
         let mixed = weights.reshape((products, sharing * rows, keys))?.matmul(&v)?;
-        let mixed = mixed.reshape((batch, heads, rows, e))?;
-        let merged = mixed.transpose(1, 2)?.contiguous()?.reshape((batch, rows, heads * e))?;
+        let merged = merge(&mixed.reshape((batch, heads, rows, e))?)?;
         if rows == queries {
             return Ok(merged);
         }

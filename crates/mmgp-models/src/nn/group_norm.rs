@@ -7,6 +7,8 @@ use candle_core::{DType, Result, Tensor};
 use mmgp_quant::Weights;
 use rayon::prelude::*;
 
+#[cfg(feature = "cuda")]
+use crate::nn::cuda;
 use crate::nn::{
     activation::silu,
     cpu,
@@ -51,6 +53,10 @@ impl GroupNorm {
     /// # Errors
     /// Another number of channels; weights that are not leased.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if let Some(kernels) = self.kernels(x, false) {
+            return kernels.forward(x);
+        }
         self.run(x.copy()?, |v| v, Ok)
     }
 
@@ -60,6 +66,12 @@ impl GroupNorm {
     /// # Errors
     /// Those of [`forward`](Self::forward).
     pub fn in_place(&self, x: Tensor) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if let Some(kernels) = self.kernels(&x, false) {
+            let x = x.contiguous()?;
+            kernels.in_place(&x)?;
+            return Ok(x);
+        }
         self.run(x, |v| v, Ok)
     }
 
@@ -68,6 +80,10 @@ impl GroupNorm {
     /// # Errors
     /// Those of [`forward`](Self::forward).
     pub fn forward_silu(&self, x: &Tensor) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if let Some(kernels) = self.kernels(x, true) {
+            return kernels.forward(x);
+        }
         self.silu_in_place(x.copy()?)
     }
 
@@ -76,7 +92,21 @@ impl GroupNorm {
     /// # Errors
     /// Those of [`forward`](Self::forward).
     pub fn silu_in_place(&self, x: Tensor) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if let Some(kernels) = self.kernels(&x, true) {
+            let x = x.contiguous()?;
+            kernels.in_place(&x)?;
+            return Ok(x);
+        }
         self.run(x, silu, |y| y.silu())
+    }
+
+    /// The GPU's kernels, if they are used for `x`.
+    #[cfg(feature = "cuda")]
+    fn kernels(&self, x: &Tensor, silu: bool) -> Option<cuda::GroupNorm<'_>> {
+        let Self { weight, bias, groups, eps } = self;
+        let norm = cuda::GroupNorm { weight, bias, groups: *groups, eps: *eps, silu };
+        cuda::take(&[x, weight, bias]).then_some(norm)
     }
 
     fn run(

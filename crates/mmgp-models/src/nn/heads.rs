@@ -6,6 +6,8 @@
 use candle_core::{D, DType, Result, Tensor};
 
 use crate::nn::{RmsNorm, Rope, cpu, norms::rms_row};
+#[cfg(feature = "cuda")]
+use crate::nn::{cuda, rope::Pairs};
 
 /// How heads lie in the rows of a projection: `count` heads of `dim` values each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,8 +36,44 @@ impl Heads {
         norm: Option<&RmsNorm>,
         rope: Option<&Rope>,
     ) -> Result<Tensor> {
-        let (batch, tokens, columns) = x.dims3()?;
-        let Self { count, dim } = self;
+        self.join(&[HeadRows { rows: x, first, norm, rope }])
+    }
+
+    /// The heads of several streams, the tokens of one behind those of another:
+    /// `[batch, heads, tokens of all, dim]`.
+    ///
+    /// # Errors
+    /// Those of [`split`](Self::split); no parts, or parts of several batch sizes.
+    pub fn join(self, parts: &[HeadRows<'_>]) -> Result<Tensor> {
+        for part in parts {
+            self.check(part)?;
+        }
+        #[cfg(feature = "cuda")]
+        {
+            let weights = parts.iter().filter_map(|part| Some(part.norm?.weight()));
+            let all: Vec<&Tensor> = parts.iter().map(|part| part.rows).chain(weights).collect();
+            // The kernel turns neighbours; halves are for language models, which run once.
+            let turns = |part: &HeadRows<'_>| {
+                part.rope.is_none_or(|rope| rope.pairs() == Pairs::Neighbours)
+            };
+            if parts.iter().all(turns) && cuda::take(&all) {
+                return cuda::heads(self, parts);
+            }
+        }
+        let mut split = Vec::with_capacity(parts.len());
+        for part in parts {
+            split.push(self.take(part)?);
+        }
+        match split.len() {
+            1 => Ok(split.remove(0)),
+            _ => Tensor::cat(&split, 2),
+        }
+    }
+
+    fn check(self, part: &HeadRows<'_>) -> Result<()> {
+        let &HeadRows { rows: x, first, rope, .. } = part;
+        let (_, tokens, columns) = x.dims3()?;
+        let Self { dim, .. } = self;
         if first + self.width() > columns || rope.is_some_and(|r| r.tokens() != tokens) {
             candle_core::bail!(
                 "heads: {self:?} from column {first} of {:?}, rope for {:?} tokens",
@@ -48,6 +86,14 @@ impl Heads {
         {
             candle_core::bail!("heads: {self:?} with a rope for {}", rope.half() * 2);
         }
+        Ok(())
+    }
+
+    /// The heads of one stream, which was checked.
+    fn take(self, part: &HeadRows<'_>) -> Result<Tensor> {
+        let &HeadRows { rows: x, first, norm, rope } = part;
+        let (batch, tokens, columns) = x.dims3()?;
+        let Self { count, dim } = self;
         if !x.device().is_cpu() || x.dtype() != DType::F32 {
             return self.split_composed(x, first, norm, rope);
         }
@@ -105,6 +151,29 @@ impl Heads {
     }
 }
 
+/// Rows of a projection, `[batch, tokens, columns]`, and what becomes of the heads in them.
+#[derive(Clone, Copy, Debug)]
+pub struct HeadRows<'a> {
+    /// The rows.
+    pub rows: &'a Tensor,
+    /// The column at which the heads begin.
+    pub first: usize,
+    /// Normalises each head.
+    pub norm: Option<&'a RmsNorm>,
+    /// Turns each head then.
+    pub rope: Option<&'a Rope>,
+}
+
+/// `[batch, heads, tokens, dim]` to `[batch, tokens, heads · dim]`: how attention hands its result on.
+pub(crate) fn merge(x: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if cuda::take(&[x]) {
+        return cuda::merge(x);
+    }
+    let (batch, heads, tokens, dim) = x.dims4()?;
+    x.transpose(1, 2)?.contiguous()?.reshape((batch, tokens, heads * dim))
+}
+
 /// `x + gate · y`: `x` and `y` are `[batch, tokens, width]`, `gate` is `[batch, width]`.
 ///
 /// # Errors
@@ -113,6 +182,10 @@ pub fn gated_add(x: &Tensor, y: &Tensor, gate: &Tensor) -> Result<Tensor> {
     let (batch, tokens, width) = x.dims3()?;
     if y.dims() != x.dims() || gate.dims() != [batch, width] {
         candle_core::bail!("gated_add: {:?}, {:?}, {:?}", x.dims(), y.dims(), gate.dims());
+    }
+    #[cfg(feature = "cuda")]
+    if cuda::take(&[x, y, gate]) {
+        return cuda::gated_add(x, y, gate);
     }
     if !x.device().is_cpu() || x.dtype() != DType::F32 {
         return x + y.broadcast_mul(&gate.unsqueeze(1)?)?;
@@ -165,6 +238,18 @@ mod tests {
                 near(&heads.split(&x, 31, norm, rope)?, &want)?;
             }
         }
+        // Two streams joined are their heads one behind another.
+        let y = Tensor::randn(0f32, 1., (2, 3, 30), &dev)?;
+        let part = |rows, first, rope| HeadRows { rows, first, norm: Some(&norm), rope };
+        let got = heads.join(&[part(&y, 0, None), part(&x, 7, Some(&rope))])?;
+        assert_eq!(got.dims(), [2, 3, 8, 10]);
+        near(&got.narrow(2, 0, 3)?, &heads.split(&y, 0, Some(&norm), None)?)?;
+        near(&got.narrow(2, 3, 5)?, &heads.split(&x, 7, Some(&norm), Some(&rope))?)?;
+        assert!(heads.join(&[]).is_err());
+        assert!(heads.join(&[part(&y.narrow(0, 0, 1)?, 0, None), part(&x, 7, None)]).is_err());
+        let merged = merge(&got)?;
+        assert_eq!(merged.dims(), [2, 8, 30]);
+        near(&merged.narrow(2, 20, 10)?, &got.narrow(1, 2, 1)?.squeeze(1)?)?;
         assert!(heads.split(&x, 38, None, None).is_err());
         assert!(heads.split(&x, 0, None, Some(&rope.narrow(0, 4)?)).is_err());
         assert!(Heads { count: 2, dim: 12 }.split(&x, 0, None, Some(&rope)).is_err());

@@ -2,14 +2,21 @@
 //!
 //! Activations are in the compute dtype (f32 on the CPU). Every function has a kernel for the CPU,
 //! safe code that makes one pass over memory, and the same formula in the tensor library's own
-//! operations for other devices; a fused kernel for another device goes behind the same function.
-//! No result depends on the number of threads.
+//! operations for other devices. Kernels of NVIDIA GPUs stand behind the same functions (`cuda`), and are
+//! used where they were tested. No result depends on the number of threads.
 
 mod activation;
 mod attention;
 mod conv;
 mod conv3d;
 mod cpu;
+#[cfg(feature = "cuda")]
+#[allow(unsafe_code)] // the only place of this crate
+pub mod cuda;
+#[cfg(all(test, not(feature = "cuda")))]
+#[allow(dead_code)] // its tests run without a GPU
+#[path = "cuda/shape.rs"]
+mod cuda_shape;
 mod embed;
 mod feed_forward;
 mod group_norm;
@@ -28,7 +35,7 @@ pub use conv3d::Conv3d;
 pub use embed::{Mlp, timestep_embedding};
 pub use feed_forward::FeedForward;
 pub use group_norm::GroupNorm;
-pub use heads::{Heads, gated_add};
+pub use heads::{HeadRows, Heads, gated_add};
 pub use modulation::Modulation;
 pub use norms::{LayerNorm, RmsNorm, layer_norm_modulated};
 pub use patch::{Patch, PatchConv};

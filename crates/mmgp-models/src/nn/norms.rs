@@ -7,6 +7,8 @@ use candle_core::{D, DType, Result, Tensor};
 use mmgp_quant::Weights;
 
 use crate::nn::cpu;
+#[cfg(feature = "cuda")]
+use crate::nn::cuda;
 
 /// (x − mean) / √(variance + ε) · weight + bias over the last dimension
 /// ([Layer Normalization](https://arxiv.org/abs/1607.06450)).
@@ -33,6 +35,10 @@ impl LayerNorm {
     /// # Errors
     /// An input of another width; weights that are not leased.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if cuda::take(&[x, &self.weight, &self.bias]) {
+            return cuda::layer_norm(x, Some((&self.weight, &self.bias)), None, self.eps);
+        }
         if !is_f32_cpu(x) {
             let (weight, bias) = (up(&self.weight)?, up(&self.bias)?);
             let y = plain_norm(&up(x)?, self.eps)?.broadcast_mul(&weight)?.broadcast_add(&bias)?;
@@ -53,6 +59,11 @@ impl LayerNorm {
     /// Shapes that do not fit each other; weights that are not leased.
     pub fn forward_modulated(&self, x: &Tensor, scale: &Tensor, shift: &Tensor) -> Result<Tensor> {
         check_modulation(x, scale, shift)?;
+        #[cfg(feature = "cuda")]
+        if cuda::take(&[x, &self.weight, &self.bias, scale, shift]) {
+            let weights = (&self.weight, &self.bias);
+            return cuda::layer_norm(x, Some(weights), Some((scale, shift)), self.eps);
+        }
         // (y w + b) (1 + s) + t = y (w (1 + s)) + (b (1 + s) + t): one row of each for a batch item.
         let scale = (up(scale)? + 1.)?;
         let bias = scale.broadcast_mul(&up(&self.bias)?)?.add(&up(shift)?)?;
@@ -89,6 +100,10 @@ impl RmsNorm {
     /// # Errors
     /// An input of another width; weights that are not leased.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if cuda::take(&[x, &self.weight]) {
+            return cuda::rms_norm(x, &self.weight, self.eps);
+        }
         if !is_f32_cpu(x) {
             let (weight, eps) = (self.weight.to_dtype(x.dtype())?, self.eps as f32);
             return candle_nn::ops::rms_norm(&x.contiguous()?, &weight, eps); // sums in f32
@@ -121,6 +136,11 @@ impl RmsNorm {
         })
     }
 
+    #[cfg(feature = "cuda")]
+    pub(crate) fn weight(&self) -> &Tensor {
+        &self.weight
+    }
+
     pub(crate) fn eps(&self) -> f64 {
         self.eps
     }
@@ -150,6 +170,10 @@ pub fn layer_norm_modulated(
     eps: f64,
 ) -> Result<Tensor> {
     check_modulation(x, scale, shift)?;
+    #[cfg(feature = "cuda")]
+    if cuda::take(&[x, scale, shift]) {
+        return cuda::layer_norm(x, None, Some((scale, shift)), eps);
+    }
     if !is_f32_cpu(x) {
         let (scale, shift) = ((up(scale)?.unsqueeze(1)? + 1.)?, up(shift)?.unsqueeze(1)?);
         let y = plain_norm(&up(x)?, eps)?.broadcast_mul(&scale)?.broadcast_add(&shift)?;

@@ -147,6 +147,12 @@ impl Rope {
         cpu::read(&self.cos, |cos| cpu::read(&self.sin, |sin| f(cos, sin)))
     }
 
+    /// Cosines and sines, each `[tokens, d / 2]`, f32.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn tables(&self) -> (&Tensor, &Tensor) {
+        (&self.cos, &self.sin)
+    }
+
     /// Half the width of a head.
     pub(crate) fn half(&self) -> usize {
         self.cos.dims().get(1).copied().unwrap_or(0)

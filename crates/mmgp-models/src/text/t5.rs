@@ -285,10 +285,11 @@ impl Block {
         let mixed = attention(&part(0)?, &part(1)?, &part(2)?, 1., biases)?;
         let x = (x + self.out.forward(&mixed)?)?;
         let y = self.feed_norm.forward(&x)?;
-        let mut inner = self.activation.apply(&self.up.forward(&y)?)?;
-        if let Some(gate) = &self.gate {
-            inner = (inner * gate.forward(&y)?)?;
-        }
+        let up = self.up.forward(&y)?;
+        let inner = match &self.gate {
+            Some(gate) => self.activation.apply_times(&up, &gate.forward(&y)?)?,
+            None => self.activation.apply(&up)?,
+        };
         x + self.down.forward(&inner)?
     }
 }

@@ -4,10 +4,7 @@
 //! are queued on candle's stream and never synchronize the host. Lengths and dtypes are checked here,
 //! since weights that are not leased hold an empty storage of another dtype.
 
-use std::{
-    collections::HashMap,
-    sync::{Arc, OnceLock},
-};
+mod image;
 
 use candle_core::{
     CpuStorage, CudaDevice, CudaStorage, DType, InplaceOp2, Layout, Result, Shape,
@@ -15,24 +12,20 @@ use candle_core::{
     bail,
     cuda_backend::{
         CudaDType, WrapErr,
-        cudarc::{
-            driver::{
-                CudaFunction, CudaModule, CudaView, DeviceRepr, LaunchConfig, PushKernelArg,
-                result, sys,
-            },
-            nvrtc::Ptx,
-        },
+        cudarc::driver::{CudaView, DeviceRepr, LaunchConfig, PushKernelArg, result, sys},
     },
 };
 use half::{bf16, f16};
-use parking_lot::Mutex;
+
+pub use self::image::KernelImage;
 
 /// Machine code and PTX of `int8.cu`.
-static KERNELS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/int8.fatbin"));
+static KERNELS: KernelImage =
+    KernelImage::new(include_bytes!(concat!(env!("OUT_DIR"), "/int8.fatbin")));
 
 /// The kernels as they were compiled: what a self-test's result is about, beside the card and the driver.
 pub fn kernel_image() -> &'static [u8] {
-    KERNELS
+    KERNELS.bytes()
 }
 
 /// Threads of a block.
@@ -41,26 +34,6 @@ const BLOCK: u32 = 256;
 const GRID_X: u64 = 1 << 20;
 /// Blocks along y at most, the limit of the hardware.
 const GRID_Y: u64 = 65_535;
-
-/// A kernel by its name. Modules are kept for the life of the process, by the address of their
-/// context; each holds its context, so an address never comes to mean another one. (candle's device
-/// keeps modules too, but takes text alone, which the driver would have to compile.)
-fn function(dev: &CudaDevice, name: &str) -> Result<CudaFunction> {
-    static MODULES: OnceLock<Mutex<HashMap<usize, Arc<CudaModule>>>> = OnceLock::new();
-    let stream = dev.cuda_stream();
-    let context = stream.context();
-    let mut modules = MODULES.get_or_init(Mutex::default).lock();
-    let key = context.cu_ctx() as usize;
-    let module = match modules.get(&key) {
-        Some(module) => module.clone(),
-        None => {
-            let module = context.load_module(Ptx::from_binary(KERNELS.to_vec())).w()?;
-            modules.insert(key, module.clone());
-            module
-        }
-    };
-    module.load_function(name).w()
-}
 
 /// The name that kernels have for a dtype.
 fn short(dtype: DType) -> Result<&'static str> {
@@ -152,7 +125,7 @@ fn expand_to<S: CudaDType + DeviceRepr, T: CudaDType + DeviceRepr>(
     // SAFETY: `T` is plain numbers, and the kernel below writes all `total` of them.
     let mut out = unsafe { dev.alloc::<T>(total)? };
     if total > 0 {
-        let kernel = function(dev, &name)?;
+        let kernel = KERNELS.function(dev, &name)?;
         let grid_dim = (blocks((total as u64).div_ceil(16)), 1, 1);
         let config = LaunchConfig { grid_dim, block_dim: (BLOCK, 1, 1), shared_mem_bytes: 0 };
         let (total, inputs) = (total as u64, inputs as u64);
@@ -213,7 +186,7 @@ fn add_bias<T: CudaDType + DeviceRepr>(
     if rows == 0 || outputs == 0 {
         return Ok(());
     }
-    let kernel = function(&dev, &name)?;
+    let kernel = KERNELS.function(&dev, &name)?;
     let (rows, outputs) = (rows as u64, outputs as u64);
     let per_thread = 16 / size_of::<T>() as u64;
     let vectors = if outputs % per_thread == 0 { outputs / per_thread } else { outputs };

@@ -1,0 +1,241 @@
+//! How a kernel of `nn.cu` is started, and the memory that its argument speaks of.
+//!
+//! Operands are locked, held to the memory that they have, and on one stream with what is written; who starts a
+//! kernel vouches for the argument alone. Launches are queued on candle's stream and never synchronize the host.
+
+use candle_core::{
+    CudaDevice, CudaStorage, DType, Device, Layout, Result, Shape, Storage, Tensor,
+    backend::BackendStorage,
+    bail,
+    cuda_backend::{
+        CudaDType, WrapErr,
+        cudarc::driver::{
+            CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, LaunchConfig,
+            PushKernelArg, SyncOnDrop,
+        },
+    },
+    op::BackpropOp,
+};
+use half::{bf16, f16};
+use mmgp_quant::KernelImage;
+
+use super::shape::{Grid, end};
+
+/// Machine code and PTX of `nn.cu`.
+pub(super) static KERNELS: KernelImage =
+    KernelImage::new(include_bytes!(concat!(env!("OUT_DIR"), "/nn.fatbin")));
+
+/// A number that kernels exist for.
+pub(super) trait Element: CudaDType + DeviceRepr {
+    /// What kernels call it.
+    const SUFFIX: &'static str;
+    /// The values of a vector of 16 bytes.
+    const VECTOR: u64 = 16 / size_of::<Self>() as u64;
+}
+
+impl Element for bf16 {
+    const SUFFIX: &'static str = "bf16";
+}
+
+impl Element for f16 {
+    const SUFFIX: &'static str = "f16";
+}
+
+impl Element for f32 {
+    const SUFFIX: &'static str = "f32";
+}
+
+/// Calls a function over [`Element`]s with the one that is `$x`'s dtype.
+macro_rules! by_dtype {
+    ($x:expr, $function:ident($($argument:expr),* $(,)?)) => {
+        match $x.dtype() {
+            DType::BF16 => $function::<half::bf16>($($argument),*),
+            DType::F16 => $function::<half::f16>($($argument),*),
+            DType::F32 => $function::<f32>($($argument),*),
+            other => candle_core::bail!("nn: no kernels for {other:?}"),
+        }
+    };
+}
+pub(super) use by_dtype;
+
+/// A GPU's memory that kernels fill, to become a tensor.
+#[derive(Debug)]
+pub(super) struct Fresh<T> {
+    device: CudaDevice,
+    values: CudaSlice<T>,
+}
+
+impl<T: Element> Fresh<T> {
+    /// Memory for `len` values on the GPU of `like`. What is in it is unknown: the caller has kernels
+    /// write all of it before it is read.
+    pub(super) fn new(like: &Tensor, len: u64) -> Result<Self> {
+        let Device::Cuda(device) = like.device() else {
+            bail!("nn: a kernel of the GPU was given a tensor of another device");
+        };
+        // SAFETY: `T` is plain numbers; kernels write them before others read, which is this type's contract.
+        let values = unsafe { device.alloc::<T>(len as usize)? };
+        Ok(Self { device: device.clone(), values })
+    }
+
+    /// Starts `kernel` on `inputs`, whose addresses `argue` gets in their order, 0 for `None`, and
+    /// after them this memory's.
+    ///
+    /// # Safety
+    /// With the argument that `argue` makes the kernel of this name reads and writes nothing but values
+    /// that the layouts of `inputs` show, and of this memory what it has; `P` is its argument's type.
+    pub(super) unsafe fn run<P: DeviceRepr>(
+        &mut self,
+        kernel: &str,
+        grid: Grid,
+        inputs: &[Option<&Tensor>],
+        argue: impl FnOnce(&[u64], u64) -> P,
+    ) -> Result<()> {
+        let stream = self.device.cuda_stream();
+        let (out, _written) = self.values.device_ptr_mut(&stream);
+        // SAFETY: handed on to the caller.
+        unsafe { run(&self.device, &stream, kernel, grid, inputs, |inputs| argue(inputs, out)) }
+    }
+
+    pub(super) fn device(&self) -> &CudaDevice {
+        &self.device
+    }
+
+    /// How many values it has.
+    pub(super) fn len(&self) -> u64 {
+        self.values.len() as u64
+    }
+
+    /// The memory as a tensor.
+    pub(super) fn tensor(self, shape: impl Into<Shape>) -> Tensor {
+        let storage = CudaStorage::wrap_cuda_slice(self.values, self.device);
+        Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false)
+    }
+}
+
+/// Values that a storage has, `storage` being what an operation in place was given.
+pub(super) struct Place<'a, T> {
+    device: CudaDevice,
+    values: &'a mut CudaSlice<T>,
+    first: u64,
+}
+
+impl<'a, T: Element> Place<'a, T> {
+    /// What a contiguous `layout` shows of `storage`.
+    pub(super) fn of(storage: &'a mut CudaStorage, layout: &Layout) -> Result<Self> {
+        let device = storage.device().clone();
+        let values = storage.as_cuda_slice_mut::<T>()?;
+        match layout.contiguous_offsets() {
+            Some((first, end)) if end <= values.len() => {
+                Ok(Self { device, values, first: first as u64 })
+            }
+            _ => bail!("nn: an operand is not contiguous or not bound"),
+        }
+    }
+
+    pub(super) fn device(&self) -> &CudaDevice {
+        &self.device
+    }
+
+    /// As [`Fresh::run`], for these values.
+    ///
+    /// # Safety
+    /// That of [`Fresh::run`].
+    pub(super) unsafe fn run<P: DeviceRepr>(
+        &mut self,
+        kernel: &str,
+        grid: Grid,
+        inputs: &[Option<&Tensor>],
+        argue: impl FnOnce(&[u64], u64) -> P,
+    ) -> Result<()> {
+        let stream = self.device.cuda_stream();
+        let (out, _written) = self.values.device_ptr_mut(&stream);
+        let out = out + self.first * size_of::<T>() as u64;
+        // SAFETY: handed on to the caller.
+        unsafe { run(&self.device, &stream, kernel, grid, inputs, |inputs| argue(inputs, out)) }
+    }
+}
+
+/// Memory for what kernels tell each other, gone when the last of them is queued.
+#[derive(Debug)]
+pub(super) struct Scratch(CudaSlice<f32>);
+
+impl Scratch {
+    /// Memory for `len` f32 on `device`; what is in it is unknown.
+    pub(super) fn new(device: &CudaDevice, len: u64) -> Result<Self> {
+        // SAFETY: plain numbers, which a kernel writes before another reads them.
+        Ok(Self(unsafe { device.alloc::<f32>(len as usize)? }))
+    }
+
+    /// Its address. It is freed on the stream that it came from, which is candle's only one, so
+    /// behind the kernels that were queued while it lived.
+    pub(super) fn address(&self, device: &CudaDevice) -> u64 {
+        self.0.device_ptr(&device.cuda_stream()).0
+    }
+}
+
+/// Starts `kernel` with the argument that `argue` makes of the addresses of `inputs`.
+///
+/// # Safety
+/// That of [`Fresh::run`].
+unsafe fn run<P: DeviceRepr>(
+    device: &CudaDevice,
+    stream: &CudaStream,
+    kernel: &str,
+    grid: Grid,
+    inputs: &[Option<&Tensor>],
+    argue: impl FnOnce(&[u64]) -> P,
+) -> Result<()> {
+    let kernel = KERNELS.function(device, kernel)?;
+    // Both stay until the kernel is queued.
+    let locked: Vec<_> = inputs.iter().map(|input| input.map(Tensor::storage_and_layout)).collect();
+    let mut addresses = Vec::with_capacity(inputs.len());
+    let mut read = Vec::with_capacity(inputs.len());
+    for (input, locked) in inputs.iter().zip(&locked) {
+        let (Some(tensor), Some((storage, layout))) = (input, locked) else {
+            addresses.push(0);
+            continue;
+        };
+        let Storage::Cuda(storage) = &**storage else {
+            bail!("nn: a kernel of the GPU was given a tensor of another device");
+        };
+        if storage.device().cuda_stream() != device.cuda_stream() {
+            bail!("nn: operands of several devices");
+        }
+        let (address, sync) = match tensor.dtype() {
+            DType::BF16 => address::<bf16>(storage, layout, stream)?,
+            DType::F16 => address::<f16>(storage, layout, stream)?,
+            DType::F32 => address::<f32>(storage, layout, stream)?,
+            other => bail!("nn: no kernels for {other:?}"),
+        };
+        addresses.push(address);
+        read.push(sync);
+    }
+    let argument = argue(&addresses);
+    let config = LaunchConfig {
+        grid_dim: (grid.blocks.0, grid.blocks.1, 1),
+        block_dim: (grid.threads.0, grid.threads.1, 1),
+        shared_mem_bytes: 0,
+    };
+    let mut launch = stream.launch_builder(&kernel);
+    launch.arg(&argument);
+    // SAFETY: the caller vouches for the argument. The inputs are locked, what their layouts show is within
+    // their memory, and all of it is ordered by this stream.
+    unsafe { launch.launch(config) }.w()?;
+    drop(read);
+    Ok(())
+}
+
+/// Where the values that `layout` shows of a storage begin, held to the memory that it has.
+fn address<'a, T: Element>(
+    storage: &'a CudaStorage,
+    layout: &Layout,
+    stream: &'a CudaStream,
+) -> Result<(u64, SyncOnDrop<'a>)> {
+    let values = storage.as_cuda_slice::<T>()?; // unbound memory is of another dtype
+    let first = layout.start_offset();
+    if end(layout) > values.len() {
+        bail!("nn: an operand is larger than its memory");
+    }
+    let (address, sync) = values.device_ptr(stream);
+    Ok((address + (first * size_of::<T>()) as u64, sync))
+}

@@ -1,0 +1,554 @@
+//! The kernels of NVIDIA GPUs for the functions of [`nn`](crate::nn), and the switch between them and the tensor
+//! library's own operations.
+//!
+//! A kernel does in one pass what the library does in a chain of them. It computes in f32 and rounds once, where
+//! the chain rounds at each link: results differ in their last bits, so whether kernels are used belongs to the
+//! recipe as the device does. They are used on GPUs for which [`enable`] was called, which is for whoever saw
+//! [`self_test`] pass there; elsewhere the library's operations compute, which is said once.
+
+mod launch;
+mod self_test;
+mod shape;
+
+use std::{collections::HashMap, sync::OnceLock};
+
+use candle_core::{
+    CpuStorage, CudaDevice, CudaStorage, D, DType, Device, InplaceOp1, Layout, Result, Tensor,
+    backend::BackendStorage, bail,
+};
+use parking_lot::RwLock;
+
+use self::{
+    launch::{Element, Fresh, KERNELS, Place, Scratch, by_dtype},
+    shape::{Activate, Flat, Gate, Grid, Group, Lines, PerItem, Rows, countable, piece_values},
+};
+use crate::nn::{Activation, HeadRows, Heads};
+
+pub use self::self_test::self_test;
+
+/// The kernels as they were compiled: what a self-test's result is about, beside the card and the driver.
+pub fn kernel_image() -> &'static [u8] {
+    KERNELS.bytes()
+}
+
+/// Whether kernels are used, by the address of the CUDA context. Contexts of devices live as long as the
+/// process once a kernel was loaded into them.
+fn choices() -> &'static RwLock<HashMap<usize, bool>> {
+    static CHOICES: OnceLock<RwLock<HashMap<usize, bool>>> = OnceLock::new();
+    CHOICES.get_or_init(RwLock::default)
+}
+
+fn context(device: &CudaDevice) -> usize {
+    device.cuda_stream().context().cu_ctx() as usize
+}
+
+/// Has the functions of [`nn`](crate::nn) use the kernels on `device`'s GPU from now on. The caller knows that
+/// [`self_test`] passed on this card with this driver and this [`kernel_image`].
+pub fn enable(device: &CudaDevice) {
+    choices().write().insert(context(device), true);
+}
+
+/// Has them use the tensor library's own operations there, as they do before [`enable`] was called.
+pub fn disable(device: &CudaDevice) {
+    choices().write().insert(context(device), false);
+}
+
+/// Whether kernels are used on `device`'s GPU.
+pub fn enabled(device: &CudaDevice) -> bool {
+    choices().read().get(&context(device)).copied().unwrap_or(false)
+}
+
+/// Whether kernels are used for `tensors`: they are on one GPU where they may be, and of one dtype that there are
+/// kernels for. Says once where nobody decided.
+pub(crate) fn take(tensors: &[&Tensor]) -> bool {
+    let Some((first, others)) = tensors.split_first() else {
+        return false;
+    };
+    let Device::Cuda(device) = first.device() else {
+        return false;
+    };
+    let choice = choices().read().get(&context(device)).copied();
+    let enabled = choice.unwrap_or_else(|| {
+        tracing::info!(
+            "the GPU's own kernels were not tested here: the tensor library's operations are used"
+        );
+        disable(device);
+        false
+    });
+    let alike = |t: &&Tensor| t.dtype() == first.dtype() && t.device().same_device(first.device());
+    enabled
+        && matches!(first.dtype(), DType::BF16 | DType::F16 | DType::F32)
+        && others.iter().all(alike)
+}
+
+/// What is done with rows before they are put where they belong.
+#[derive(Clone, Copy, Debug)]
+struct Norm<'a> {
+    /// The name that the kernel has for it.
+    kind: &'static str,
+    weight: Option<&'a Tensor>,
+    bias: Option<&'a Tensor>,
+    eps: f64,
+}
+
+impl<'a> Norm<'a> {
+    const NONE: Self = Self { kind: "none", weight: None, bias: None, eps: 0. };
+
+    /// Of a width, held to the vectors that it is given.
+    fn checked(self, width: u64) -> Result<Self> {
+        for values in [self.weight, self.bias].into_iter().flatten() {
+            if values.dims() != [width as usize] || !values.is_contiguous() {
+                bail!("{} norm: rows of {width}, weights {:?}", self.kind, values.dims());
+            }
+        }
+        Ok(self)
+    }
+}
+
+/// `(x − mean) / √(variance + ε)` over the last dimension of `x`, times the first and plus the second of
+/// `weights` `[width]`, times 1 + the first and plus the second of `modulation` `[batch, width]`, for which `x` is
+/// `[batch, tokens, width]`.
+pub(crate) fn layer_norm(
+    x: &Tensor,
+    weights: Option<(&Tensor, &Tensor)>,
+    modulation: Option<(&Tensor, &Tensor)>,
+    eps: f64,
+) -> Result<Tensor> {
+    let (weight, bias) = weights.unzip();
+    let norm = Norm { kind: "layer", weight, bias, eps };
+    by_dtype!(x, normed(x, norm, modulation))
+}
+
+/// `x / √(mean(x²) + ε) · weight` over the last dimension, `weight` `[width]`.
+pub(crate) fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
+    let norm = Norm { kind: "rms", weight: Some(weight), bias: None, eps };
+    by_dtype!(x, normed(x, norm, None))
+}
+
+fn normed<T: Element>(
+    x: &Tensor,
+    norm: Norm<'_>,
+    modulation: Option<(&Tensor, &Tensor)>,
+) -> Result<Tensor> {
+    let lines = Lines::of(x)?;
+    let width = lines.width;
+    let norm = norm.checked(width)?;
+    let modulation = match modulation {
+        Some((scale, shift)) => {
+            let wanted = [lines.items as usize, width as usize];
+            if x.rank() != 3 || scale.dims() != wanted || shift.dims() != wanted {
+                bail!("modulate: {:?} by {:?}, {:?}", x.dims(), scale.dims(), shift.dims());
+            }
+            Some((PerItem::of(scale)?, PerItem::of(shift)?))
+        }
+        None => None,
+    };
+    let (scale, shift) = modulation.as_ref().map(|(scale, shift)| (scale, shift)).unzip();
+    let mut out = Fresh::<T>::new(x, lines.rows() * width)?;
+    if lines.rows() * width > 0 {
+        let inputs = [
+            Some(&lines.tensor),
+            norm.weight,
+            norm.bias,
+            scale.map(|s| &s.tensor),
+            shift.map(|s| &s.tensor),
+        ];
+        let argue = |at: &[u64], out: u64| Rows {
+            x: at[0],
+            weight: at[1],
+            bias: at[2],
+            scale: at[3],
+            shift: at[4],
+            out,
+            rows: lines.rows(),
+            tokens: lines.tokens,
+            heads: 1,
+            width,
+            x_item: lines.item,
+            x_token: lines.token,
+            out_item: lines.tokens * width,
+            out_token: width,
+            scale_item: scale.map_or(0, |s| s.item),
+            shift_item: shift.map_or(0, |s| s.item),
+            eps: norm.eps,
+            ..Rows::default()
+        };
+        let name = format!("rows_{}_{}", norm.kind, T::SUFFIX);
+        let grid = Grid::of_rows(lines.rows(), width, T::VECTOR);
+        // SAFETY: `lines` has `rows` rows of `width` values, `weight` and `bias` have `width` and `scale` and
+        // `shift` as many for each item; the output has as many rows side by side.
+        unsafe { out.run(&name, grid, &inputs, argue)? };
+    }
+    Ok(out.tensor(x.shape()))
+}
+
+/// The heads of `parts`, their tokens one part behind another: `[batch, heads, tokens of all, dim]`. Shapes were
+/// checked by the caller, but are held to what lies in memory.
+pub(crate) fn heads(heads: Heads, parts: &[HeadRows<'_>]) -> Result<Tensor> {
+    match parts.first() {
+        Some(part) => by_dtype!(part.rows, split(heads, parts)),
+        None => bail!("heads: of no rows"),
+    }
+}
+
+fn split<T: Element>(heads: Heads, parts: &[HeadRows<'_>]) -> Result<Tensor> {
+    let batch = parts[0].rows.dim(0)?;
+    let total: usize = parts.iter().map(|part| part.rows.dim(1)).sum::<Result<usize>>()?;
+    let [count, dim, all] = [heads.count, heads.dim, total].map(|n| n as u64);
+    let mut out = Fresh::<T>::new(parts[0].rows, batch as u64 * count * all * dim)?;
+    let mut before = 0;
+    for part in parts {
+        // The columns that are heads of ours, at most what the rows have.
+        let own = part.rows.narrow(D::Minus1, part.first, heads.width())?;
+        let lines = Lines::of(&own)?;
+        let (tokens, rows) = (lines.tokens, lines.rows() * count);
+        countable(rows, dim)?;
+        if lines.items != batch as u64 {
+            bail!("heads: batches of {} and {batch}", lines.items);
+        }
+        let norm = match part.norm {
+            Some(norm) => {
+                Norm { kind: "rms", weight: Some(norm.weight()), bias: None, eps: norm.eps() }
+            }
+            None => Norm::NONE,
+        };
+        let norm = norm.checked(dim)?;
+        let tables = part.rope.map(|rope| rope.tables());
+        if let Some((cos, sin)) = tables {
+            let wanted = [tokens as usize, heads.dim / 2];
+            let fit =
+                |t: &Tensor| t.dims() == wanted && t.is_contiguous() && t.dtype() == DType::F32;
+            if !heads.dim.is_multiple_of(2) || !fit(cos) || !fit(sin) {
+                bail!("heads: {heads:?} of {tokens} tokens turned by {:?}", cos.dims());
+            }
+        }
+        let (cos, sin) = tables.unzip();
+        if rows * dim > 0 {
+            let inputs = [Some(&lines.tensor), norm.weight, cos, sin];
+            let argue = |at: &[u64], out: u64| Rows {
+                x: at[0],
+                weight: at[1],
+                cos: at[2],
+                sin: at[3],
+                out: out + before * dim * size_of::<T>() as u64,
+                rows,
+                tokens,
+                heads: count,
+                width: dim,
+                x_item: lines.item,
+                x_token: lines.token,
+                x_head: dim,
+                out_item: count * all * dim,
+                out_token: dim,
+                out_head: all * dim,
+                eps: norm.eps,
+                ..Rows::default()
+            };
+            let name = format!("rows_{}_{}", norm.kind, T::SUFFIX);
+            // SAFETY: each row of `lines` has `count` heads of `dim` values, `weight` has `dim`, the tables half
+            // as many for each token; the output has `all` tokens for each head, of which this part's are those
+            // from `before` on, and `before + tokens <= all`.
+            unsafe { out.run(&name, Grid::of_rows(rows, dim, T::VECTOR), &inputs, argue)? };
+        }
+        before += tokens;
+    }
+    Ok(out.tensor((batch, heads.count, total, heads.dim)))
+}
+
+/// `[batch, heads, tokens, dim]` to `[batch, tokens, heads · dim]`.
+pub(crate) fn merge(x: &Tensor) -> Result<Tensor> {
+    by_dtype!(x, merged(x))
+}
+
+fn merged<T: Element>(x: &Tensor) -> Result<Tensor> {
+    let (batch, heads, tokens, dim) = x.dims4()?;
+    let x = if x.stride()[3] == 1 || dim <= 1 { x.clone() } else { x.contiguous()? };
+    let stride = |at: usize| if x.dims()[at] > 1 { x.stride()[at] as u64 } else { 0 };
+    let (item, head, token) = (stride(0), stride(1), stride(2));
+    let [items, count, of_item, width] = [batch, heads, tokens, dim].map(|n| n as u64);
+    let rows = items * count * of_item;
+    countable(rows, width)?;
+    let mut out = Fresh::<T>::new(&x, rows * width)?;
+    if rows * width > 0 {
+        let argue = |at: &[u64], out: u64| Rows {
+            x: at[0],
+            out,
+            rows,
+            tokens: of_item,
+            heads: count,
+            width,
+            x_item: item,
+            x_token: token,
+            x_head: head,
+            out_item: of_item * count * width,
+            out_token: count * width,
+            out_head: width,
+            ..Rows::default()
+        };
+        let grid = Grid::of_rows(rows, width, T::VECTOR);
+        // SAFETY: strides and counts are those of `x`, whose heads have `width` values side by side; the output
+        // has as many.
+        unsafe { out.run(&format!("rows_none_{}", T::SUFFIX), grid, &[Some(&x)], argue)? };
+    }
+    Ok(out.tensor((batch, tokens, heads * dim)))
+}
+
+/// `x + gate · y`: `x` and `y` are `[batch, tokens, width]`, `gate` is `[batch, width]`.
+pub(crate) fn gated_add(x: &Tensor, y: &Tensor, gate: &Tensor) -> Result<Tensor> {
+    by_dtype!(x, gated(x, y, gate))
+}
+
+fn gated<T: Element>(x: &Tensor, y: &Tensor, gate: &Tensor) -> Result<Tensor> {
+    let (batch, _, width) = x.dims3()?;
+    if y.dims() != x.dims() || gate.dims() != [batch, width] {
+        bail!("gated_add: {:?}, {:?}, {:?}", x.dims(), y.dims(), gate.dims());
+    }
+    let (lines, others, gates) = (Lines::of(x)?, Lines::of(y)?, PerItem::of(gate)?);
+    let (rows, width) = (lines.rows(), lines.width);
+    let mut out = Fresh::<T>::new(x, rows * width)?;
+    if rows * width > 0 {
+        let inputs = [Some(&lines.tensor), Some(&others.tensor), Some(&gates.tensor)];
+        let argue = |at: &[u64], out: u64| Gate {
+            x: at[0],
+            y: at[1],
+            gate: at[2],
+            out,
+            rows,
+            tokens: lines.tokens,
+            width,
+            x_item: lines.item,
+            x_token: lines.token,
+            y_item: others.item,
+            y_token: others.token,
+            gate_item: gates.item,
+        };
+        let grid = Grid::of_columns(rows, width, 1, T::VECTOR);
+        // SAFETY: `x` and `y` have `rows` rows of `width` values and `gate` one for each item; the output has as
+        // many side by side.
+        unsafe { out.run(&format!("gate_{}", T::SUFFIX), grid, &inputs, argue)? };
+    }
+    Ok(out.tensor(x.shape()))
+}
+
+/// The name that kernels have for a function.
+fn called(function: Activation) -> &'static str {
+    match function {
+        Activation::Relu => "relu",
+        Activation::Gelu => "gelu",
+        Activation::GeluTanh => "gelu_tanh",
+        Activation::QuickGelu => "quick_gelu",
+        Activation::Silu => "silu",
+    }
+}
+
+/// `function` of each value, times that of `times` where it is given, which has the shape of `x`.
+pub(crate) fn activate(function: Activation, x: &Tensor, times: Option<&Tensor>) -> Result<Tensor> {
+    by_dtype!(x, activated(function, x, times))
+}
+
+fn activated<T: Element>(
+    function: Activation,
+    x: &Tensor,
+    times: Option<&Tensor>,
+) -> Result<Tensor> {
+    if times.is_some_and(|times| times.dims() != x.dims()) {
+        bail!("activation: {:?} times {:?}", x.dims(), times.map(Tensor::dims));
+    }
+    let mut out = Fresh::<T>::new(x, x.elem_count() as u64)?;
+    if x.elem_count() > 0 {
+        let all: Vec<&Tensor> = std::iter::once(x).chain(times).collect();
+        let all = Flat::alike(&all)?;
+        let place = (0, all[0].width);
+        columns(&mut out, called(function), &all[0], all.get(1), place)?;
+    }
+    Ok(out.tensor(x.shape()))
+}
+
+/// `[a, gelu_tanh(x[…, first..])]` along the last dimension, shapes as in [`join_gelu`](crate::nn::join_gelu).
+pub(crate) fn join_gelu(a: &Tensor, x: &Tensor, first: usize) -> Result<Tensor> {
+    by_dtype!(x, joined_gelu(a, x, first))
+}
+
+fn joined_gelu<T: Element>(a: &Tensor, x: &Tensor, first: usize) -> Result<Tensor> {
+    let (batch, tokens, n) = a.dims3()?;
+    let x = x.narrow(D::Minus1, first, x.dim(D::Minus1)?.saturating_sub(first))?;
+    let (xb, xt, m) = x.dims3()?;
+    if (xb, xt) != (batch, tokens) {
+        bail!("join_gelu: {:?} and {:?}", a.dims(), x.dims());
+    }
+    let width = (n + m) as u64;
+    let mut out = Fresh::<T>::new(a, (batch * tokens) as u64 * width)?;
+    let parts = [("copy", a, 0, n), (called(Activation::GeluTanh), &x, n as u64, m)];
+    for (name, part, column, columns_of) in parts {
+        if batch * tokens * columns_of > 0 {
+            columns(&mut out, name, &Flat::rows(part)?, None, (column, width))?;
+        }
+    }
+    Ok(out.tensor((batch, tokens, n + m)))
+}
+
+/// `name` of each value of `x`, times that of `times`, into the columns of `out` from the first of `place` on,
+/// whose rows have the second of `place`.
+fn columns<T: Element>(
+    out: &mut Fresh<T>,
+    name: &str,
+    x: &Flat,
+    times: Option<&Flat>,
+    (column, width): (u64, u64),
+) -> Result<()> {
+    if times.is_some_and(|t| (t.rows, t.width) != (x.rows, x.width))
+        || column + x.width > width
+        || x.rows * width > out.len()
+    {
+        bail!("activation: columns that do not fit");
+    }
+    let inputs = [Some(&x.tensor), times.map(|t| &t.tensor)];
+    let argue = |at: &[u64], out: u64| Activate {
+        x: at[0],
+        times: at[1],
+        out: out + column * size_of::<T>() as u64,
+        rows: x.rows,
+        width: x.width,
+        x_row: x.step,
+        times_row: times.map_or(0, |t| t.step),
+        out_row: if x.rows > 1 { width } else { 0 },
+    };
+    let grid = Grid::of_columns(x.rows, x.width, 2, T::VECTOR);
+    // SAFETY: `x` and `times` have as many rows of as many values, and those of the output, which are that many
+    // too, have room for them from `column` on: checked above.
+    unsafe { out.run(&format!("{name}_{}", T::SUFFIX), grid, &inputs, argue) }
+}
+
+/// GroupNorm over `[batch, channels, …]`, contiguous: `weight` and `bias` `[channels]`, `groups` that divide them.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct GroupNorm<'a> {
+    pub(crate) weight: &'a Tensor,
+    pub(crate) bias: &'a Tensor,
+    pub(crate) groups: usize,
+    pub(crate) eps: f64,
+    /// Whether SiLU comes behind it.
+    pub(crate) silu: bool,
+}
+
+impl GroupNorm<'_> {
+    /// Into new memory.
+    pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        by_dtype!(x, group_norm(self, x))
+    }
+
+    /// In the memory of `x`, contiguous, which must be the caller's own.
+    pub(crate) fn in_place(&self, x: &Tensor) -> Result<()> {
+        x.inplace_op1(self)
+    }
+
+    /// The shape of the work on a tensor of `dims`.
+    fn sized<T: Element>(&self, dims: &[usize]) -> Result<Group> {
+        let &[batch, channels, ..] = dims else {
+            bail!("group norm: {dims:?}");
+        };
+        let weights = [self.weight, self.bias];
+        let fit = |t: &Tensor| t.dims() == [channels] && t.is_contiguous();
+        if !weights.into_iter().all(fit)
+            || self.groups == 0
+            || !channels.is_multiple_of(self.groups)
+        {
+            bail!("group norm: {dims:?} in {} groups for {:?}", self.groups, self.weight.dims());
+        }
+        let [of_group, plane] =
+            [channels / self.groups, dims[2..].iter().product()].map(|n| n as u64);
+        Ok(Group {
+            groups: (batch * self.groups) as u64,
+            pieces_of_group: (of_group * plane).div_ceil(piece_values(T::VECTOR)),
+            channels: channels as u64,
+            of_group,
+            plane,
+            eps: self.eps,
+            ..Group::default()
+        })
+    }
+
+    /// Its three kernels, in their order.
+    fn kernels<T: Element>(&self, size: &Group) -> [(String, Grid); 3] {
+        let last = if self.silu { "silu" } else { "copy" };
+        let name = |name: &str| format!("group_{name}_{}", T::SUFFIX);
+        [
+            (name("pieces"), Grid::of_pieces(size.groups * size.pieces_of_group)),
+            (name("moments"), Grid::of_pieces(size.groups)),
+            (name(last), Grid::of_columns(size.groups * size.of_group, size.plane, 2, T::VECTOR)),
+        ]
+    }
+}
+
+/// What the kernels of a GroupNorm tell each other.
+struct Told {
+    pieces: Scratch,
+    moments: Scratch,
+}
+
+impl Told {
+    fn new(device: &CudaDevice, size: &Group) -> Result<Self> {
+        let pieces = Scratch::new(device, 2 * size.groups * size.pieces_of_group)?;
+        Ok(Self { pieces, moments: Scratch::new(device, 2 * size.groups)? })
+    }
+
+    fn within(&self, device: &CudaDevice, size: Group) -> Group {
+        let (pieces, moments) = (self.pieces.address(device), self.moments.address(device));
+        Group { pieces, moments, ..size }
+    }
+}
+
+fn group_norm<T: Element>(norm: &GroupNorm<'_>, x: &Tensor) -> Result<Tensor> {
+    let x = x.contiguous()?;
+    let size = norm.sized::<T>(x.dims())?;
+    let mut out = Fresh::<T>::new(&x, x.elem_count() as u64)?;
+    if x.elem_count() > 0 {
+        let told = Told::new(out.device(), &size)?;
+        let size = told.within(out.device(), size);
+        let inputs = [Some(&x), Some(norm.weight), Some(norm.bias)];
+        for (name, grid) in norm.kernels::<T>(&size) {
+            let argue =
+                |at: &[u64], out: u64| Group { x: at[0], weight: at[1], bias: at[2], out, ..size };
+            // SAFETY: `size` is that of `x`, of which the output has as many values; `weight` and `bias` have
+            // one for each channel, and `told` has room for two numbers of each piece and each group.
+            unsafe { out.run(&name, grid, &inputs, argue)? };
+        }
+    }
+    Ok(out.tensor(x.shape()))
+}
+
+impl InplaceOp1 for GroupNorm<'_> {
+    fn name(&self) -> &'static str {
+        "group norm"
+    }
+
+    fn cpu_fwd(&self, _: &mut CpuStorage, _: &Layout) -> Result<()> {
+        bail!("group norm: a kernel of the GPU was given a tensor of the CPU")
+    }
+
+    fn cuda_fwd(&self, storage: &mut CudaStorage, layout: &Layout) -> Result<()> {
+        by_dtype!(storage, group_norm_in_place(self, storage, layout))
+    }
+}
+
+fn group_norm_in_place<T: Element>(
+    norm: &GroupNorm<'_>,
+    storage: &mut CudaStorage,
+    layout: &Layout,
+) -> Result<()> {
+    let size = norm.sized::<T>(layout.dims())?;
+    if layout.shape().elem_count() == 0 {
+        return Ok(());
+    }
+    let mut place = Place::<T>::of(storage, layout)?;
+    let told = Told::new(place.device(), &size)?;
+    let size = told.within(place.device(), size);
+    for (name, grid) in norm.kernels::<T>(&size) {
+        let argue =
+            |at: &[u64], out: u64| Group { x: out, weight: at[0], bias: at[1], out, ..size };
+        // SAFETY: `size` is that of `layout`, which `place` was held to; a thread writes a vector of it after it
+        // has read it. `weight` and `bias` have a value for each channel, `told` room for two numbers of each
+        // piece and each group.
+        unsafe { place.run(&name, grid, &[Some(norm.weight), Some(norm.bias)], argue)? };
+    }
+    Ok(())
+}

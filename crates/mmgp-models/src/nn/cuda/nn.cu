@@ -1,0 +1,572 @@
+// What stands between the products of a model, on NVIDIA GPUs: norms, heads, gates, activations.
+//
+// Values are bf16, f16 or f32; each is widened to f32 when it is read and rounded once when it is written. A
+// thread takes vectors of 16 bytes. Where a pointer, a stride or a width does not allow that, the same thread
+// takes the same values one by one, and no operation is left to be contracted, so that no result depends on
+// where a tensor lies. Sums are taken in an order that follows from width and dtype alone: by a thread over its
+// vectors, then over the lanes of a row by exchanges, then over warps. No result depends on the grid: blocks
+// step over what it leaves.
+//
+// Arguments come as one struct of 64-bit fields, whose twin is in `shape.rs`; a pointer that is 0 stands for
+// something that is left out. What the host promises: rows, tokens, heads and what is normalised are below 2^31,
+// `out` overlaps an input only where it is that input, blocks are a whole number of warps, and their x is a
+// power of two.
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cstdint>
+
+typedef uint32_t u32;
+typedef unsigned long long u64;
+
+static __device__ __forceinline__ float wide(float v) { return v; }
+static __device__ __forceinline__ float wide(__half v) { return __half2float(v); }
+static __device__ __forceinline__ float wide(__nv_bfloat16 v) { return __bfloat162float(v); }
+
+template <typename T> static __device__ __forceinline__ T rounded(float v);
+template <> __device__ __forceinline__ float rounded<float>(float v) { return v; }
+template <> __device__ __forceinline__ __half rounded<__half>(float v) { return __float2half_rn(v); }
+template <> __device__ __forceinline__ __nv_bfloat16 rounded<__nv_bfloat16>(float v) {
+    return __float2bfloat16_rn(v);
+}
+
+// 16 bytes of a row.
+template <typename T> struct __align__(16) Vector {
+    static constexpr u32 N = 16 / sizeof(T);
+    T v[N];
+};
+
+// The cosines or sines of a vector's pairs.
+template <typename T> struct __align__(2 * Vector<T>::N) Turns {
+    float v[Vector<T>::N / 2];
+};
+
+// Whether all of `parts` are multiples of `of`: addresses of 16, strides of a vector's values.
+template <typename... Parts> static __device__ __forceinline__ bool multiples(u64 of, Parts... parts) {
+    return ((((u64)parts) % of == 0) && ...);
+}
+
+// The first `have` values at `from`, zeros behind them; all of a vector that lies aligned if WHOLE.
+template <bool WHOLE, typename T>
+static __device__ __forceinline__ Vector<T> load(const T *from, u32 have) {
+    Vector<T> to;
+    if (WHOLE) {
+        *reinterpret_cast<uint4 *>(&to) = *reinterpret_cast<const uint4 *>(from);
+    } else {
+#pragma unroll
+        for (u32 i = 0; i < Vector<T>::N; i++) to.v[i] = i < have ? from[i] : rounded<T>(0.f);
+    }
+    return to;
+}
+
+template <bool WHOLE, typename T>
+static __device__ __forceinline__ void store(T *to, const Vector<T> &from, u32 have) {
+    if (WHOLE) {
+        *reinterpret_cast<uint4 *>(to) = *reinterpret_cast<const uint4 *>(&from);
+    } else {
+#pragma unroll
+        for (u32 i = 0; i < Vector<T>::N; i++) {
+            if (i < have) to[i] = from.v[i];
+        }
+    }
+}
+
+// How many of the values from `vector` on there are in a row of `width`, at most a vector's.
+template <typename T> static __device__ __forceinline__ u32 held_by(u64 vector, u64 width) {
+    constexpr u32 N = Vector<T>::N;
+    const u64 left = width - vector * N;
+    return left < N ? (u32)left : N;
+}
+
+// The sum of `v` over the threads of one x row of the block, the same bits in each of them. All threads of the
+// block must come here. `shared` has a place for each warp of a row.
+static __device__ __forceinline__ float over_row(float v, float *shared) {
+    const u32 lanes = blockDim.x;
+    for (u32 step = (lanes < 32 ? lanes : 32) / 2; step > 0; step /= 2) {
+        v = __fadd_rn(v, __shfl_xor_sync(0xffffffffu, v, step));
+    }
+    if (lanes > 32) { // then the block is one row
+        __syncthreads(); // what was there before is read
+        if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = v;
+        __syncthreads();
+        v = 0.f;
+        for (u32 warp = 0; warp < lanes / 32; warp++) v = __fadd_rn(v, shared[warp]);
+    }
+    return v;
+}
+
+// Vectors that a thread keeps of a row that lies aligned. It reads again what is behind them, and all of a row
+// that does not.
+constexpr u32 HELD = 4;
+
+// A row of `width` values at `x`, of which this thread has vectors `threadIdx.x`, `threadIdx.x + blockDim.x`, …
+template <typename T, bool WHOLE> struct Row {
+    static constexpr u32 N = Vector<T>::N, KEPT = WHOLE ? HELD : 0;
+    const T *x;
+    u32 width, vectors;
+    Vector<T> held[HELD];
+
+    __device__ __forceinline__ u32 have(u32 vector) const {
+        return WHOLE ? N : held_by<T>(vector, width);
+    }
+
+    // A row that is not `live` is no row: it has no vectors.
+    __device__ __forceinline__ Row(const T *from, u32 columns, bool live)
+        : x(from), width(columns), vectors(live ? (columns + N - 1) / N : 0) {
+#pragma unroll
+        for (u32 j = 0; j < KEPT; j++) {
+            const u32 vector = threadIdx.x + j * blockDim.x;
+            if (vector < vectors) held[j] = load<WHOLE>(x + (u64)vector * N, have(vector));
+        }
+    }
+
+    // `f(vector, its values)` for each vector of this thread, in their order.
+    template <typename F> __device__ __forceinline__ void each(F f) const {
+#pragma unroll
+        for (u32 j = 0; j < KEPT; j++) {
+            const u32 vector = threadIdx.x + j * blockDim.x;
+            if (vector < vectors) f(vector, held[j]);
+        }
+        for (u32 vector = threadIdx.x + KEPT * blockDim.x; vector < vectors; vector += blockDim.x) {
+            f(vector, load<WHOLE>(x + (u64)vector * N, have(vector)));
+        }
+    }
+
+    // The sum of the values.
+    __device__ __forceinline__ float sum(float *shared) const {
+        float total = 0.f;
+        each([&](u32, const Vector<T> &of) {
+#pragma unroll
+            for (u32 i = 0; i < N; i++) total = __fadd_rn(total, wide(of.v[i])); // zeros at the end
+        });
+        return over_row(total, shared);
+    }
+
+    // The sum of the squares of the values less `mean`.
+    __device__ __forceinline__ float squares(float mean, float *shared) const {
+        float total = 0.f;
+        each([&](u32 vector, const Vector<T> &of) {
+            const u32 there = have(vector);
+#pragma unroll
+            for (u32 i = 0; i < N; i++) {
+                const float v = __fsub_rn(wide(of.v[i]), mean);
+                if (i < there) total = fmaf(v, v, total);
+            }
+        });
+        return over_row(total, shared);
+    }
+};
+
+// Rows that are normalised, scaled, turned and put somewhere else, each step if it is wanted.
+struct Rows {
+    const void *x;
+    const void *weight; // [width]
+    const void *bias;   // [width]
+    const void *scale;  // [items, width]: times 1 + scale
+    const void *shift;  // [items, width], where scale is
+    const float *cos;   // [tokens, width / 2], contiguous; width is even
+    const float *sin;   // where cos is
+    void *out;
+    u64 rows;   // items · tokens · heads
+    u64 tokens; // of an item
+    u64 heads;  // of a token
+    u64 width;  // of a head
+    u64 x_item; // strides, in elements
+    u64 x_token;
+    u64 x_head;
+    u64 out_item;
+    u64 out_token;
+    u64 out_head;
+    u64 scale_item;
+    u64 shift_item;
+    double eps;
+};
+
+enum Norm { NONE, RMS, LAYER };
+
+// Row `(item, token, head)` is a y row of a block. The operations of a turn are rounded one by one, as the CPU
+// does them: without a norm, the bits are the same.
+template <typename T, Norm NORM, bool WHOLE>
+static __device__ __forceinline__ void rows(const Rows &p, float *shared) {
+    constexpr u32 N = Vector<T>::N;
+    const u32 count = (u32)p.rows, width = (u32)p.width;
+    const u32 heads = (u32)p.heads, tokens = (u32)p.tokens;
+    const T *weight = static_cast<const T *>(p.weight), *bias = static_cast<const T *>(p.bias);
+    const u64 step = (u64)gridDim.x * blockDim.y;
+    for (u64 base = (u64)blockIdx.x * blockDim.y; base < count; base += step) {
+        const bool live = base + threadIdx.y < count;
+        const u32 at = live ? (u32)base + threadIdx.y : 0;
+        const u32 head = at % heads, token = at / heads % tokens, item = at / heads / tokens;
+        const Row<T, WHOLE> row(
+            static_cast<const T *>(p.x) + item * p.x_item + token * p.x_token + head * p.x_head,
+            width, live
+        );
+        float mean = 0.f, inverse = 1.f;
+        if (NORM == LAYER) mean = row.sum(shared) / (float)width;
+        if (NORM != NONE) {
+            const float variance = row.squares(mean, shared) / (float)width;
+            inverse = 1.f / sqrtf(__fadd_rn(variance, (float)p.eps));
+        }
+        const T *scale = static_cast<const T *>(p.scale), *shift = static_cast<const T *>(p.shift);
+        if (scale) {
+            scale += item * p.scale_item;
+            shift += item * p.shift_item;
+        }
+        const float *cos = p.cos, *sin = p.sin;
+        if (cos) {
+            cos += (u64)token * (width / 2);
+            sin += (u64)token * (width / 2);
+        }
+        T *out = static_cast<T *>(p.out) + item * p.out_item + token * p.out_token + head * p.out_head;
+        row.each([&](u32 vector, const Vector<T> &of) {
+            const u32 first = vector * N, have = row.have(vector);
+            float y[N];
+#pragma unroll
+            for (u32 i = 0; i < N; i++) {
+                y[i] = wide(of.v[i]);
+                if (NORM == LAYER) y[i] = __fsub_rn(y[i], mean);
+                if (NORM != NONE) y[i] = __fmul_rn(y[i], inverse);
+            }
+            if (weight) {
+                const Vector<T> w = load<WHOLE>(weight + first, have);
+#pragma unroll
+                for (u32 i = 0; i < N; i++) y[i] = __fmul_rn(y[i], wide(w.v[i]));
+            }
+            if (bias) {
+                const Vector<T> b = load<WHOLE>(bias + first, have);
+#pragma unroll
+                for (u32 i = 0; i < N; i++) y[i] = __fadd_rn(y[i], wide(b.v[i]));
+            }
+            if (scale) {
+                const Vector<T> s = load<WHOLE>(scale + first, have);
+                const Vector<T> t = load<WHOLE>(shift + first, have);
+#pragma unroll
+                for (u32 i = 0; i < N; i++) {
+                    y[i] = fmaf(y[i], __fadd_rn(1.f, wide(s.v[i])), wide(t.v[i]));
+                }
+            }
+            if (cos) {
+                Turns<T> c, s;
+                if (WHOLE) {
+                    c = *reinterpret_cast<const Turns<T> *>(cos + first / 2);
+                    s = *reinterpret_cast<const Turns<T> *>(sin + first / 2);
+                } else {
+#pragma unroll
+                    for (u32 i = 0; i < N / 2; i++) {
+                        c.v[i] = 2 * i < have ? cos[first / 2 + i] : 1.f;
+                        s.v[i] = 2 * i < have ? sin[first / 2 + i] : 0.f;
+                    }
+                }
+#pragma unroll
+                for (u32 i = 0; i < N / 2; i++) {
+                    const float a = y[2 * i], b = y[2 * i + 1];
+                    y[2 * i] = __fsub_rn(__fmul_rn(a, c.v[i]), __fmul_rn(b, s.v[i]));
+                    y[2 * i + 1] = __fadd_rn(__fmul_rn(b, c.v[i]), __fmul_rn(a, s.v[i]));
+                }
+            }
+            Vector<T> to;
+#pragma unroll
+            for (u32 i = 0; i < N; i++) to.v[i] = rounded<T>(y[i]);
+            store<WHOLE>(out + first, to, have);
+        });
+    }
+}
+
+template <typename T, Norm NORM> static __device__ __forceinline__ void rows(const Rows &p) {
+    __shared__ float shared[32];
+    const bool whole =
+        multiples(16, p.x, p.weight, p.bias, p.scale, p.shift, p.cos, p.sin, p.out) &&
+        multiples(Vector<T>::N, p.width, p.x_item, p.x_token, p.x_head, p.out_item, p.out_token) &&
+        multiples(Vector<T>::N, p.out_head, p.scale_item, p.shift_item);
+    whole ? rows<T, NORM, true>(p, shared) : rows<T, NORM, false>(p, shared);
+}
+
+// `out = x + gate · y`, both operations rounded in f32 as the CPU does them.
+struct Gate {
+    const void *x;
+    const void *y;
+    const void *gate; // [items, width]
+    void *out;        // contiguous
+    u64 rows;         // items · tokens
+    u64 tokens;       // of an item
+    u64 width;
+    u64 x_item; // strides, in elements
+    u64 x_token;
+    u64 y_item;
+    u64 y_token;
+    u64 gate_item;
+};
+
+// x runs over the vectors of a row, y over rows.
+template <typename T, bool WHOLE> static __device__ __forceinline__ void gate(const Gate &p) {
+    constexpr u32 N = Vector<T>::N;
+    const u32 count = (u32)p.rows, width = (u32)p.width, tokens = (u32)p.tokens;
+    const u32 vectors = (width + N - 1) / N;
+    for (u64 at = (u64)blockIdx.y * blockDim.y + threadIdx.y; at < count;
+         at += (u64)gridDim.y * blockDim.y) {
+        const u32 row = (u32)at, item = row / tokens, token = row % tokens;
+        const T *x = static_cast<const T *>(p.x) + item * p.x_item + token * p.x_token;
+        const T *y = static_cast<const T *>(p.y) + item * p.y_item + token * p.y_token;
+        const T *g = static_cast<const T *>(p.gate) + item * p.gate_item;
+        T *out = static_cast<T *>(p.out) + at * width;
+        for (u32 vector = blockIdx.x * blockDim.x + threadIdx.x; vector < vectors;
+             vector += gridDim.x * blockDim.x) {
+            const u32 first = vector * N, have = WHOLE ? N : held_by<T>(vector, width);
+            const Vector<T> a = load<WHOLE>(x + first, have);
+            const Vector<T> b = load<WHOLE>(y + first, have);
+            const Vector<T> c = load<WHOLE>(g + first, have);
+            Vector<T> to;
+#pragma unroll
+            for (u32 i = 0; i < N; i++) {
+                to.v[i] = rounded<T>(__fadd_rn(wide(a.v[i]), __fmul_rn(wide(c.v[i]), wide(b.v[i]))));
+            }
+            store<WHOLE>(out + first, to, have);
+        }
+    }
+}
+
+template <typename T> static __device__ __forceinline__ void gate(const Gate &p) {
+    const bool whole =
+        multiples(16, p.x, p.y, p.gate, p.out) &&
+        multiples(Vector<T>::N, p.width, p.x_item, p.x_token, p.y_item, p.y_token, p.gate_item);
+    whole ? gate<T, true>(p) : gate<T, false>(p);
+}
+
+enum Function { COPY, RELU, GELU, GELU_TANH, QUICK_GELU, SILU };
+
+// v · σ(u): a quotient within two units of the last place, and 0 where e^−u is past 2^126.
+static __device__ __forceinline__ float gated_by(float v, float u) {
+    return __fdividef(v, __fadd_rn(1.f, expf(-u)));
+}
+
+template <Function F> static __device__ __forceinline__ float activated(float v) {
+    switch (F) {
+        case RELU: return fmaxf(v, 0.f);
+        // ½ v (1 + erf(v / √2))
+        case GELU: return __fmul_rn(__fmul_rn(0.5f, v), __fadd_rn(1.f, erff(__fmul_rn(v, 0.70710678f))));
+        // ½ v (1 + tanh u) = v · σ(2u), u = √(2/π) v (1 + 0.044715 v²)
+        case GELU_TANH:
+            return gated_by(v, __fmul_rn(__fmul_rn(1.5957691f, v), fmaf(__fmul_rn(0.044715f, v), v, 1.f)));
+        case QUICK_GELU: return gated_by(v, __fmul_rn(1.702f, v));
+        case SILU: return gated_by(v, v);
+        default: return v;
+    }
+}
+
+// Vectors whose loads a thread has under way at a time, where it has one input that lies aligned.
+template <bool WHOLE> constexpr u32 AHEAD = WHOLE ? 2 : 1;
+
+// An activation function of each value, times another value where `times` is given.
+struct Activate {
+    const void *x;
+    const void *times;
+    void *out;
+    u64 rows;
+    u64 width;
+    u64 x_row; // strides, in elements
+    u64 times_row;
+    u64 out_row;
+};
+
+// x runs over the vectors of a row, y over rows. A contiguous tensor is one row, which may be very long.
+template <typename T, Function F, bool WHOLE>
+static __device__ __forceinline__ void activate(const Activate &p) {
+    constexpr u32 N = Vector<T>::N;
+    const u64 vectors = p.width / N + (p.width % N != 0), step = (u64)gridDim.x * blockDim.x;
+    for (u64 row = (u64)blockIdx.y * blockDim.y + threadIdx.y; row < p.rows;
+         row += (u64)gridDim.y * blockDim.y) {
+        const T *x = static_cast<const T *>(p.x) + row * p.x_row;
+        const T *times = static_cast<const T *>(p.times) + row * p.times_row;
+        T *out = static_cast<T *>(p.out) + row * p.out_row;
+        for (u64 base = (u64)blockIdx.x * blockDim.x + threadIdx.x; base < vectors;
+             base += AHEAD<WHOLE> * step) {
+            Vector<T> a[AHEAD<WHOLE>], b[AHEAD<WHOLE>];
+#pragma unroll
+            for (u32 j = 0; j < AHEAD<WHOLE>; j++) {
+                const u64 vector = base + j * step;
+                if (vector < vectors) {
+                    const u32 have = WHOLE ? N : held_by<T>(vector, p.width);
+                    a[j] = load<WHOLE>(x + vector * N, have);
+                    if (p.times) b[j] = load<WHOLE>(times + vector * N, have);
+                }
+            }
+#pragma unroll
+            for (u32 j = 0; j < AHEAD<WHOLE>; j++) {
+                const u64 vector = base + j * step;
+                if (vector < vectors) {
+                    Vector<T> to;
+#pragma unroll
+                    for (u32 i = 0; i < N; i++) {
+                        float y = activated<F>(wide(a[j].v[i]));
+                        if (p.times) y = __fmul_rn(y, wide(b[j].v[i]));
+                        to.v[i] = rounded<T>(y);
+                    }
+                    store<WHOLE>(out + vector * N, to, WHOLE ? N : held_by<T>(vector, p.width));
+                }
+            }
+        }
+    }
+}
+
+template <typename T, Function F> static __device__ __forceinline__ void activate(const Activate &p) {
+    const bool whole =
+        multiples(16, p.x, p.times, p.out) &&
+        multiples(Vector<T>::N, p.width, p.x_row, p.times_row, p.out_row);
+    whole ? activate<T, F, true>(p) : activate<T, F, false>(p);
+}
+
+// GroupNorm in three kernels: mean and squares of each piece of a group, of each group, and what follows from
+// them. A piece is what a block of `PIECE` threads holds.
+struct Group {
+    const void *x;
+    const void *weight; // [channels]
+    const void *bias;   // [channels]
+    void *out;          // may be x
+    float *pieces;      // [groups, pieces of a group, 2]: mean, squared distances from it
+    float *moments;     // [groups, 2]: mean, 1 / √(variance + ε)
+    u64 groups;         // of all items
+    u64 pieces_of_group;
+    u64 channels; // of an item
+    u64 of_group; // channels of a group
+    u64 plane;    // values of a channel
+    double eps;
+};
+
+// Threads of a block of the first two kernels, in one row.
+constexpr u32 PIECE = 256;
+
+template <typename T> static __device__ __forceinline__ u64 piece_values() {
+    return (u64)HELD * Vector<T>::N * PIECE;
+}
+
+// One piece a block.
+template <typename T, bool WHOLE>
+static __device__ __forceinline__ void group_pieces(const Group &p, float *shared) {
+    const u64 span = p.of_group * p.plane, total = p.groups * p.pieces_of_group;
+    for (u64 at = blockIdx.x; at < total; at += gridDim.x) {
+        const u64 group = at / p.pieces_of_group;
+        const u64 first = at % p.pieces_of_group * piece_values<T>(), left = span - first;
+        const u32 count = (u32)(left < piece_values<T>() ? left : piece_values<T>());
+        const Row<T, WHOLE> row(static_cast<const T *>(p.x) + group * span + first, count, true);
+        const float mean = row.sum(shared) / (float)count;
+        const float squares = row.squares(mean, shared);
+        if (threadIdx.x == 0) {
+            p.pieces[2 * at] = mean;
+            p.pieces[2 * at + 1] = squares;
+        }
+    }
+}
+
+template <typename T> static __device__ __forceinline__ void group_pieces(const Group &p) {
+    __shared__ float shared[32];
+    const bool whole = multiples(16, p.x) && multiples(Vector<T>::N, p.of_group * p.plane);
+    whole ? group_pieces<T, true>(p, shared) : group_pieces<T, false>(p, shared);
+}
+
+// The sum of `v` over a block of `PIECE` threads.
+static __device__ __forceinline__ double over_block(double v, double *shared) {
+    __syncthreads(); // what was there before is read
+    shared[threadIdx.x] = v;
+    for (u32 half = PIECE / 2; half > 0; half /= 2) {
+        __syncthreads();
+        if (threadIdx.x < half) {
+            shared[threadIdx.x] = __dadd_rn(shared[threadIdx.x], shared[threadIdx.x + half]);
+        }
+    }
+    __syncthreads();
+    return shared[0];
+}
+
+// One group a block.
+template <typename T> static __device__ __forceinline__ void group_moments(const Group &p) {
+    __shared__ double shared[PIECE];
+    const u64 span = p.of_group * p.plane, piece = piece_values<T>();
+    for (u64 group = blockIdx.x; group < p.groups; group += gridDim.x) {
+        const float *pieces = p.pieces + 2 * group * p.pieces_of_group;
+        double sum = 0., squares = 0.;
+        for (u64 i = threadIdx.x; i < p.pieces_of_group; i += PIECE) {
+            const u64 left = span - i * piece;
+            sum = fma((double)(left < piece ? left : piece), (double)pieces[2 * i], sum);
+        }
+        const double mean = over_block(sum, shared) / (double)span;
+        for (u64 i = threadIdx.x; i < p.pieces_of_group; i += PIECE) {
+            const u64 left = span - i * piece;
+            const double distance = __dsub_rn((double)pieces[2 * i], mean);
+            const double weighed = __dmul_rn((double)(left < piece ? left : piece), distance);
+            squares = __dadd_rn(squares, fma(weighed, distance, (double)pieces[2 * i + 1]));
+        }
+        const double variance = over_block(squares, shared) / (double)span;
+        if (threadIdx.x == 0) {
+            p.moments[2 * group] = (float)mean;
+            p.moments[2 * group + 1] = (float)(1. / sqrt(__dadd_rn(variance, p.eps)));
+        }
+    }
+}
+
+// x runs over the vectors of a channel, y over channels.
+template <typename T, Function F, bool WHOLE>
+static __device__ __forceinline__ void group_apply(const Group &p) {
+    constexpr u32 N = Vector<T>::N;
+    const u64 vectors = p.plane / N + (p.plane % N != 0), step = (u64)gridDim.x * blockDim.x;
+    const u64 planes = p.groups * p.of_group;
+    for (u64 plane = (u64)blockIdx.y * blockDim.y + threadIdx.y; plane < planes;
+         plane += (u64)gridDim.y * blockDim.y) {
+        const u64 group = plane / p.of_group, channel = plane % p.channels;
+        const float mean = p.moments[2 * group], inverse = p.moments[2 * group + 1];
+        const float scale = __fmul_rn(inverse, wide(static_cast<const T *>(p.weight)[channel]));
+        const float shift = wide(static_cast<const T *>(p.bias)[channel]);
+        const T *x = static_cast<const T *>(p.x) + plane * p.plane;
+        T *out = static_cast<T *>(p.out) + plane * p.plane;
+        for (u64 base = (u64)blockIdx.x * blockDim.x + threadIdx.x; base < vectors;
+             base += AHEAD<WHOLE> * step) {
+            Vector<T> a[AHEAD<WHOLE>];
+#pragma unroll
+            for (u32 j = 0; j < AHEAD<WHOLE>; j++) {
+                const u64 vector = base + j * step;
+                const u32 have = WHOLE ? N : held_by<T>(vector, p.plane);
+                if (vector < vectors) a[j] = load<WHOLE>(x + vector * N, have);
+            }
+#pragma unroll
+            for (u32 j = 0; j < AHEAD<WHOLE>; j++) {
+                const u64 vector = base + j * step;
+                if (vector < vectors) {
+                    Vector<T> to;
+#pragma unroll
+                    for (u32 i = 0; i < N; i++) {
+                        const float y = __fsub_rn(wide(a[j].v[i]), mean);
+                        to.v[i] = rounded<T>(activated<F>(fmaf(y, scale, shift)));
+                    }
+                    store<WHOLE>(out + vector * N, to, WHOLE ? N : held_by<T>(vector, p.plane));
+                }
+            }
+        }
+    }
+}
+
+template <typename T, Function F> static __device__ __forceinline__ void group_apply(const Group &p) {
+    const bool whole = multiples(16, p.x, p.out) && multiples(Vector<T>::N, p.plane);
+    whole ? group_apply<T, F, true>(p) : group_apply<T, F, false>(p);
+}
+
+// Blocks have 256 threads at most, and at least so many of that size share a multiprocessor.
+#define KERNEL(NAME, BLOCKS, P, ...)                                                               \
+    extern "C" __global__ void __launch_bounds__(256, BLOCKS) NAME(const P p) { __VA_ARGS__(p); }
+#define KERNELS(T, SUFFIX)                                                                         \
+    KERNEL(rows_none_##SUFFIX, 3, Rows, rows<T, NONE>)                                             \
+    KERNEL(rows_rms_##SUFFIX, 3, Rows, rows<T, RMS>)                                               \
+    KERNEL(rows_layer_##SUFFIX, 3, Rows, rows<T, LAYER>)                                           \
+    KERNEL(gate_##SUFFIX, 4, Gate, gate<T>)                                                        \
+    KERNEL(copy_##SUFFIX, 4, Activate, activate<T, COPY>)                                          \
+    KERNEL(relu_##SUFFIX, 4, Activate, activate<T, RELU>)                                          \
+    KERNEL(gelu_##SUFFIX, 3, Activate, activate<T, GELU>)                                          \
+    KERNEL(gelu_tanh_##SUFFIX, 4, Activate, activate<T, GELU_TANH>)                                \
+    KERNEL(quick_gelu_##SUFFIX, 4, Activate, activate<T, QUICK_GELU>)                              \
+    KERNEL(silu_##SUFFIX, 4, Activate, activate<T, SILU>)                                          \
+    KERNEL(group_pieces_##SUFFIX, 4, Group, group_pieces<T>)                                       \
+    KERNEL(group_moments_##SUFFIX, 4, Group, group_moments<T>)                                     \
+    KERNEL(group_copy_##SUFFIX, 4, Group, group_apply<T, COPY>)                                    \
+    KERNEL(group_silu_##SUFFIX, 4, Group, group_apply<T, SILU>)
+
+KERNELS(__nv_bfloat16, bf16)
+KERNELS(__half, f16)
+KERNELS(float, f32)

@@ -1,0 +1,388 @@
+//! The kernels against their twins on the CPU.
+//!
+//! Each runs on values of awkward shapes and is held to what the same function of [`nn`](crate::nn) computes on
+//! the CPU in f32. Where a kernel rounds each operation as the CPU does, the bits must be the same. Where it sums
+//! in another order, or has another exponential, a value may lie half a unit of its dtype's last place from the
+//! CPU's, which is its rounding, and 10⁻⁵ of its size, which is a hundred times what f32 costs. Operands that
+//! begin at no multiple of 16 bytes must give the same bits as those that do.
+
+use candle_core::{CudaDevice, D, DType, Device, Tensor};
+use mmgp_quant::{Error, MemorySource, Result, Weights};
+
+use super::GroupNorm;
+use crate::nn::{self, Activation, HeadRows, Heads, LayerNorm, RmsNorm, Rope};
+
+const EPS: f64 = 1e-6;
+
+/// Widths of rows: a value, less than a vector, ragged ends, a warp, a head, several warps, more than a block
+/// holds.
+const WIDTHS: [usize; 9] = [1, 3, 12, 44, 128, 257, 3072, 3073, 9000];
+
+/// Runs each kernel and compares with the CPU.
+///
+/// Takes a second, and on cards for which there is no machine code the driver's compilation of PTX, which it
+/// keeps. Which results may be kept, and for how long, is the caller's affair: they hold for one card, one
+/// driver and one [`kernel_image`](super::kernel_image). Nothing is [enabled](super::enable) by it.
+///
+/// # Errors
+/// [`Error::Kernel`] names the first kernel that computes something else, with what was expected and found;
+/// [`Error::Candle`] one that cannot be loaded or started.
+pub fn self_test(device: &CudaDevice) -> Result<()> {
+    for dtype in [DType::BF16, DType::F16, DType::F32] {
+        let on = On { device, dtype };
+        on.norms()?;
+        on.heads()?;
+        on.gates()?;
+        on.activations()?;
+        on.groups()?;
+    }
+    Ok(())
+}
+
+/// What a result may differ by.
+#[derive(Clone, Copy, PartialEq)]
+enum Within {
+    /// Nothing, once the CPU's is rounded to the dtype.
+    Bits,
+    /// The dtype's rounding, and what f32 operations cost.
+    Rounding,
+}
+
+#[derive(Clone, Copy)]
+struct On<'a> {
+    device: &'a CudaDevice,
+    dtype: DType,
+}
+
+/// Puts a tensor of the CPU onto the GPU, in the dtype under test and so many values behind a vector's start.
+struct Put<'a> {
+    on: On<'a>,
+    skipped: usize,
+}
+
+impl Put<'_> {
+    /// It is converted on the CPU, so that no kernel but the tested one runs.
+    fn tensor(&self, t: &Tensor) -> candle_core::Result<Tensor> {
+        let len = t.elem_count();
+        let flat = t.flatten_all()?;
+        let flat =
+            Tensor::cat(&[&Tensor::zeros(self.skipped, DType::F32, &Device::Cpu)?, &flat], 0)?;
+        let there =
+            flat.to_dtype(self.on.dtype)?.to_device(&Device::Cuda(self.on.device.clone()))?;
+        there.narrow(0, self.skipped, len)?.reshape(t.dims())
+    }
+
+    fn rms_norm(&self, weight: &Tensor) -> Result<RmsNorm> {
+        RmsNorm::new(&self.weights(&[("weight", weight)])?, weight.elem_count(), EPS)
+    }
+
+    fn weights(&self, weights: &[(&str, &Tensor)]) -> Result<Weights> {
+        let device = Device::Cuda(self.on.device.clone());
+        let mut source = MemorySource::new(&device).computing_in(self.on.dtype);
+        for (name, tensor) in weights {
+            source = source.with(*name, self.tensor(tensor)?);
+        }
+        Ok(Weights::new(source))
+    }
+}
+
+impl On<'_> {
+    fn norms(&self) -> Result<()> {
+        for width in WIDTHS {
+            let tokens = if width < 1000 { 37 } else { 3 };
+            let x = self.values(&[2, tokens, width], 1)?;
+            let [w, b] = [self.values(&[width], 2)?, self.values(&[width], 3)?];
+            // Scale and shift are columns of one product, as they are in models.
+            let rows = self.values(&[2, 3 * width], 4)?;
+            let part = |of: &Tensor, i: usize| of.narrow(1, i * width, width);
+            let (scale, shift) = (part(&rows, 1)?, part(&rows, 2)?);
+            let all = [("weight", &w), ("bias", &b)];
+            let cpu = LayerNorm::new(&cpu(&all), width, EPS)?;
+
+            let want = nn::layer_norm_modulated(&x, &scale, &shift, EPS)?;
+            self.check("rows_layer", Within::Rounding, &want, |put| {
+                let (x, rows) = (put.tensor(&x)?, put.tensor(&rows)?);
+                Ok(super::layer_norm(&x, None, Some((&part(&rows, 1)?, &part(&rows, 2)?)), EPS)?)
+            })?;
+            self.check("rows_layer", Within::Rounding, &cpu.forward(&x)?, |put| {
+                let (w, b) = (put.tensor(&w)?, put.tensor(&b)?);
+                Ok(super::layer_norm(&put.tensor(&x)?, Some((&w, &b)), None, EPS)?)
+            })?;
+            let want = cpu.forward_modulated(&x, &scale, &shift)?;
+            self.check("rows_layer", Within::Rounding, &want, |put| {
+                let (w, b, rows) = (put.tensor(&w)?, put.tensor(&b)?, put.tensor(&rows)?);
+                let modulation = (&part(&rows, 1)?, &part(&rows, 2)?);
+                Ok(super::layer_norm(&put.tensor(&x)?, Some((&w, &b)), Some(modulation), EPS)?)
+            })?;
+            let want = RmsNorm::new(&self::cpu(&[("weight", &w)]), width, EPS)?.forward(&x)?;
+            self.check("rows_rms", Within::Rounding, &want, |put| {
+                Ok(super::rms_norm(&put.tensor(&x)?, &put.tensor(&w)?, EPS)?)
+            })?;
+        }
+        Ok(())
+    }
+
+    fn heads(&self) -> Result<()> {
+        for (count, dim, first) in [(2, 6, 0), (3, 44, 5), (4, 64, 8), (24, 128, 0), (1, 512, 16)] {
+            let heads = Heads { count, dim };
+            let (text, image) = (5, 7);
+            let a = self.values(&[2, text, first + heads.width() + 8], 1)?;
+            let b = self.values(&[2, image, first + heads.width()], 2)?;
+            let weight = self.values(&[dim], 3)?;
+            let norm = RmsNorm::new(&cpu(&[("weight", &weight)]), dim, EPS)?;
+            let ids = self.values(&[text + image, 1], 4)?.affine(100., 0.)?;
+            let rope = |device: &Device| Rope::new(&ids, &[dim], 10_000., device);
+            let turn = rope(&Device::Cpu)?;
+            for (name, normed, turned) in [
+                ("rows_none", false, false),
+                ("rows_none", false, true),
+                ("rows_rms", true, false),
+                ("rows_rms", true, true),
+            ] {
+                let joined = |a: &Tensor, b: &Tensor, norm: &RmsNorm, turn: &Rope| {
+                    let (before, behind) = (turn.narrow(0, text)?, turn.narrow(text, image)?);
+                    let part = |rows, rope| HeadRows {
+                        rows,
+                        first,
+                        norm: normed.then_some(norm),
+                        rope: turned.then_some(rope),
+                    };
+                    // On the GPU: whether kernels are used there was not decided yet.
+                    let parts = [part(a, &before), part(b, &behind)];
+                    match a.device() {
+                        Device::Cpu => heads.join(&parts),
+                        _ => super::heads(heads, &parts),
+                    }
+                };
+                let want = joined(&a, &b, &norm, &turn)?;
+                let within = if normed { Within::Rounding } else { Within::Bits };
+                self.check(name, within, &want, |put| {
+                    let turn = rope(&Device::Cuda(self.device.clone()))?;
+                    let (a, b) = (put.tensor(&a)?, put.tensor(&b)?);
+                    Ok(joined(&a, &b, &put.rms_norm(&weight)?, &turn)?)
+                })?;
+            }
+            let x = self.values(&[2, count, 9, dim], 5)?;
+            self.check("rows_none", Within::Bits, &nn::heads::merge(&x)?, |put| {
+                Ok(super::merge(&put.tensor(&x)?)?)
+            })?;
+        }
+        Ok(())
+    }
+
+    fn gates(&self) -> Result<()> {
+        for width in WIDTHS {
+            let tokens = if width < 1000 { 37 } else { 3 };
+            let (x, y) =
+                (self.values(&[2, tokens, width], 1)?, self.values(&[2, tokens + 4, width], 2)?);
+            let gate = self.values(&[2, 2 * width], 3)?;
+            let parts = |y: &Tensor, gate: &Tensor| {
+                candle_core::Result::Ok((y.narrow(1, 4, tokens)?, gate.narrow(1, width, width)?))
+            };
+            let (own, half) = parts(&y, &gate)?;
+            self.check("gate", Within::Bits, &nn::gated_add(&x, &own, &half)?, |put| {
+                let (own, half) = parts(&put.tensor(&y)?, &put.tensor(&gate)?)?;
+                Ok(super::gated_add(&put.tensor(&x)?, &own, &half)?)
+            })?;
+        }
+        Ok(())
+    }
+
+    fn activations(&self) -> Result<()> {
+        for shape in [vec![1], vec![3, 7], vec![8, 1024], vec![70_001]] {
+            let (x, y) = (self.values(&shape, 1)?, self.values(&shape, 2)?);
+            for function in [
+                Activation::Relu,
+                Activation::Gelu,
+                Activation::GeluTanh,
+                Activation::QuickGelu,
+                Activation::Silu,
+            ] {
+                let name = super::called(function);
+                let within =
+                    if function == Activation::Relu { Within::Bits } else { Within::Rounding };
+                self.check(name, within, &function.apply(&x)?, |put| {
+                    Ok(super::activate(function, &put.tensor(&x)?, None)?)
+                })?;
+                self.check(name, within, &function.apply_times(&x, &y)?, |put| {
+                    Ok(super::activate(function, &put.tensor(&x)?, Some(&put.tensor(&y)?))?)
+                })?;
+            }
+        }
+        for (n, m, first) in [(1, 1, 0), (12, 44, 5), (128, 512, 384), (3072, 12_288, 9216)] {
+            let (a, x) = (self.values(&[2, 3, n], 1)?, self.values(&[2, 3, first + m], 2)?);
+            let want = nn::join_gelu(&a, &x, first)?;
+            self.check("gelu_tanh", Within::Rounding, &want, |put| {
+                Ok(super::join_gelu(&put.tensor(&a)?, &put.tensor(&x)?, first)?)
+            })?;
+            // What is copied stays as it is.
+            self.check("copy", Within::Bits, &want.narrow(D::Minus1, 0, n)?, |put| {
+                let joined = super::join_gelu(&put.tensor(&a)?, &put.tensor(&x)?, first)?;
+                Ok(joined.to_device(&Device::Cpu)?.narrow(D::Minus1, 0, n)?)
+            })?;
+        }
+        Ok(())
+    }
+
+    fn groups(&self) -> Result<()> {
+        // The second has groups of several pieces, the third ragged ones.
+        for (shape, groups) in
+            [(vec![2, 12, 5, 7], 3), (vec![1, 32, 48, 48], 4), (vec![2, 8, 3, 33, 35], 2)]
+        {
+            let channels = shape[1];
+            let x = self.values(&shape, 1)?;
+            let (w, b) = (self.values(&[channels], 2)?, self.values(&[channels], 3)?);
+            let all = [("weight", &w), ("bias", &b)];
+            let cpu = nn::GroupNorm::new(&cpu(&all), groups, channels, EPS)?;
+            for silu in [false, true] {
+                let want = if silu { cpu.forward_silu(&x)? } else { cpu.forward(&x)? };
+                let name = if silu { "group_silu" } else { "group_copy" };
+                self.check(name, Within::Rounding, &want, |put| {
+                    let (weight, bias) = (&put.tensor(&w)?, &put.tensor(&b)?);
+                    let norm = GroupNorm { weight, bias, groups, eps: EPS, silu };
+                    let x = put.tensor(&x)?;
+                    let y = norm.forward(&x)?;
+                    norm.in_place(&x)?;
+                    let (same, place) = (back(&y)?, back(&x)?);
+                    self.compare(name, &want, &same, &place, Within::Bits)?;
+                    Ok(y)
+                })?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Values between −4 and 4, the same for the same seed, rounded to the dtype.
+    fn values(&self, shape: &[usize], seed: u32) -> Result<Tensor> {
+        let len: usize = shape.iter().product();
+        let values: Vec<f32> =
+            (0..len as u32).map(|i| scattered(i, seed) as f32 / (1u32 << 29) as f32 - 4.).collect();
+        let values = Tensor::from_vec(values, shape, &Device::Cpu)?;
+        Ok(values.to_dtype(self.dtype)?.to_dtype(DType::F32)?)
+    }
+
+    /// Holds what `run` computes of operands at both kinds of address to `want`.
+    fn check(
+        &self,
+        kernel: &str,
+        within: Within,
+        want: &Tensor,
+        run: impl Fn(&Put<'_>) -> Result<Tensor>,
+    ) -> Result<()> {
+        let expected = want.flatten_all()?.to_vec1::<f32>()?;
+        let mut first: Option<Vec<f32>> = None;
+        for skipped in [0, 1] {
+            let found = run(&Put { on: *self, skipped }).and_then(|found| {
+                if found.dims() != want.dims() {
+                    let (found, want) = (found.dims().to_vec(), want.dims());
+                    return Err(Error::Invalid(format!("shape {found:?}, not {want:?}")));
+                }
+                back(&found)
+            });
+            let found = found.map_err(|error| match error {
+                Error::Kernel { .. } => error,
+                other => Error::Invalid(format!(
+                    "kernel `{kernel}` on {:?} in {:?} does not run: {other}",
+                    want.dims(),
+                    self.dtype
+                )),
+            })?;
+            self.compare(kernel, want, &expected, &found, within)?;
+            match &first {
+                Some(first) => self.compare(kernel, want, first, &found, Within::Bits)?,
+                None => first = Some(found),
+            }
+        }
+        Ok(())
+    }
+
+    fn compare(
+        &self,
+        kernel: &str,
+        shape: &Tensor,
+        expected: &[f32],
+        found: &[f32],
+        within: Within,
+    ) -> Result<()> {
+        let alike = |expected: f32, found: f32| match within {
+            Within::Bits => rounded(expected, self.dtype).to_bits() == found.to_bits(),
+            Within::Rounding => {
+                let allowed = half_unit(expected, self.dtype) + 1e-5 * (1. + expected.abs());
+                (expected - found).abs() <= allowed // not if either is no number
+            }
+        };
+        let differs = expected.iter().zip(found).position(|(&e, &f)| !alike(e, f));
+        let differs = differs.or((expected.len() != found.len()).then_some(0));
+        match differs {
+            None => Ok(()),
+            Some(at) => {
+                let width = shape.dims().last().copied().unwrap_or(1);
+                let dtype = self.dtype.as_str();
+                Err(Error::Kernel {
+                    kernel: format!("{kernel}_{dtype}"),
+                    shape: [shape.elem_count() / width.max(1), width],
+                    at,
+                    expected: expected.get(at).copied().unwrap_or(f32::NAN),
+                    found: found.get(at).copied().unwrap_or(f32::NAN),
+                })
+            }
+        }
+    }
+}
+
+/// The same layers on the CPU, in f32.
+fn cpu(weights: &[(&str, &Tensor)]) -> Weights {
+    let source = weights.iter().fold(MemorySource::new(&Device::Cpu), |source, (name, tensor)| {
+        source.with(*name, (*tensor).clone())
+    });
+    Weights::new(source)
+}
+
+fn back(tensor: &Tensor) -> Result<Vec<f32>> {
+    let tensor = tensor.to_device(&Device::Cpu)?.to_dtype(DType::F32)?;
+    Ok(tensor.flatten_all()?.to_vec1()?)
+}
+
+fn scattered(i: u32, seed: u32) -> u32 {
+    let mixed = (i ^ seed.wrapping_mul(0x9e37_79b9)).wrapping_mul(0x85eb_ca6b);
+    (mixed ^ mixed >> 15).wrapping_mul(0xc2b2_ae35) ^ mixed >> 13
+}
+
+fn rounded(v: f32, dtype: DType) -> f32 {
+    match dtype {
+        DType::BF16 => half::bf16::from_f32(v).to_f32(),
+        DType::F16 => half::f16::from_f32(v).to_f32(),
+        _ => v,
+    }
+}
+
+/// Half the distance of `v`'s neighbours in `dtype`, for numbers that are not denormal.
+fn half_unit(v: f32, dtype: DType) -> f32 {
+    let bits = match dtype {
+        DType::BF16 => 8,
+        DType::F16 => 11,
+        _ => 24,
+    };
+    let exponent = (v.to_bits() >> 23 & 0xff) as i32 - 127;
+    2f32.powi(exponent - bits)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn half_units_are_what_rounding_costs() {
+        for dtype in [DType::BF16, DType::F16] {
+            let mut most = 0f32;
+            for i in 0..100_000 {
+                let v = 1. + i as f32 / 20_000.;
+                let cost = (rounded(v, dtype) - v).abs() / half_unit(v, dtype);
+                assert!(cost <= 1., "{v}");
+                most = most.max(cost);
+            }
+            assert!(most > 0.95, "{dtype:?} {most}");
+        }
+        assert_eq!(half_unit(1., DType::F32), f32::EPSILON / 2.);
+    }
+}

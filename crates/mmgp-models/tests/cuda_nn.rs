@@ -1,0 +1,369 @@
+//! The GPU's kernels behind the functions of `nn`: what the CPU computes, over random shapes and dtypes, and how
+//! long they take beside the tensor library's own operations (`--nocapture`). These tests fail where no CUDA
+//! device can be opened.
+#![cfg(feature = "cuda")]
+#![allow(clippy::unwrap_used)] // tests may panic
+
+use std::{
+    sync::{Mutex, MutexGuard},
+    time::Instant,
+};
+
+use candle_core::{CudaDevice, D, DType, Device, Result, Tensor};
+use mmgp_models::nn::{
+    self, Activation, GroupNorm, HeadRows, Heads, LayerNorm, RmsNorm, Rope, cuda,
+};
+use mmgp_quant::{MemorySource, Weights};
+
+const EPS: f64 = 1e-6;
+const DTYPES: [DType; 3] = [DType::BF16, DType::F16, DType::F32];
+
+/// The switch is one for the process.
+static SWITCH: Mutex<()> = Mutex::new(());
+
+fn gpu() -> (CudaDevice, MutexGuard<'static, ()>) {
+    let guard = SWITCH.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let device = CudaDevice::new_with_stream(0).expect("this test needs a CUDA device");
+    // SAFETY: one stream only.
+    unsafe { device.disable_event_tracking() };
+    (device, guard)
+}
+
+/// Numbers that are the same in each run.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 =
+            self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        self.0 >> 33
+    }
+
+    fn of(&mut self, choices: &[usize]) -> usize {
+        choices[self.next() as usize % choices.len()]
+    }
+
+    /// About normal, rounded to `dtype`, f32 on the CPU.
+    fn tensor(&mut self, shape: &[usize], dtype: DType) -> Tensor {
+        let len: usize = shape.iter().product();
+        let mut value =
+            || (0..4).map(|_| self.next() as f32 / (1u64 << 31) as f32 - 0.5).sum::<f32>();
+        let values: Vec<f32> = (0..len).map(|_| 1.7 * value()).collect();
+        let t = Tensor::from_vec(values, shape, &Device::Cpu).unwrap();
+        t.to_dtype(dtype).unwrap().to_dtype(DType::F32).unwrap()
+    }
+}
+
+fn weights(device: &Device, dtype: DType, all: &[(&str, &Tensor)]) -> Weights {
+    let mut source = MemorySource::new(device).computing_in(dtype);
+    for (name, tensor) in all {
+        source = source.with(*name, tensor.to_dtype(dtype).unwrap().to_device(device).unwrap());
+    }
+    Weights::new(source)
+}
+
+/// Half a unit of the dtype's last place, which is its rounding: at most 2⁻⁸, 2⁻¹¹ and 2⁻²⁴ of a value. Of f32
+/// operations in another order, a hundred times what they cost.
+fn near(what: &str, got: &Tensor, want: &Tensor, dtype: DType) {
+    assert_eq!((got.dims(), got.dtype()), (want.dims(), dtype), "{what}");
+    let rounding = match dtype {
+        DType::BF16 => 2f32.powi(-8),
+        DType::F16 => 2f32.powi(-11),
+        _ => 2f32.powi(-24),
+    };
+    let got = got.to_device(&Device::Cpu).unwrap().to_dtype(DType::F32).unwrap();
+    let values = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    for (at, (got, want)) in values(&got).into_iter().zip(values(want)).enumerate() {
+        let allowed = rounding * want.abs() + 1e-5 * (1. + want.abs());
+        let error = (got - want).abs();
+        assert!(error <= allowed, "{what}, {dtype:?}, element {at}: {got} for {want}");
+    }
+}
+
+/// Runs `f` on the CPU and, twice, on the GPU with its kernels, which must give the same bits.
+fn twins(
+    device: &CudaDevice,
+    what: &str,
+    dtype: DType,
+    inputs: &[Tensor],
+    f: impl Fn(&Device, DType, &[Tensor]) -> Result<Tensor>,
+) {
+    let want = f(&Device::Cpu, DType::F32, inputs).unwrap();
+    let there = Device::Cuda(device.clone());
+    let moved: Vec<Tensor> =
+        inputs.iter().map(|t| t.to_dtype(dtype).unwrap().to_device(&there).unwrap()).collect();
+    cuda::enable(device);
+    let shapes: Vec<&[usize]> = inputs.iter().map(Tensor::dims).collect();
+    let got = f(&there, dtype, &moved).unwrap();
+    let again = f(&there, dtype, &moved).unwrap();
+    cuda::disable(device);
+    near(&format!("{what} of {shapes:?}"), &got, &want, dtype);
+    let bits = |t: &Tensor| {
+        let t = t.to_device(&Device::Cpu).unwrap().to_dtype(DType::F32).unwrap();
+        t.flatten_all().unwrap().to_vec1::<f32>().unwrap()
+    };
+    assert!(bits(&got) == bits(&again), "{what} of {shapes:?}, {dtype:?}: other bits");
+}
+
+const WIDTHS: [usize; 12] = [1, 2, 7, 12, 31, 44, 64, 128, 1000, 3072, 3073, 5120];
+
+#[test]
+fn cuda_nn_self_test_passes_and_decides_nothing() {
+    let (device, _guard) = gpu();
+    cuda::disable(&device);
+    cuda::self_test(&device).unwrap();
+    assert!(!cuda::enabled(&device));
+    // With event tracking, as a library's user may have it.
+    let tracking = CudaDevice::new_with_stream(0).unwrap();
+    cuda::self_test(&tracking).unwrap();
+    assert_eq!(cuda::kernel_image()[..4], 0xba55_ed50u32.to_le_bytes());
+}
+
+#[test]
+fn cuda_norms_equal_the_cpu() {
+    let (device, _guard) = gpu();
+    let mut random = Random(1);
+    for dtype in DTYPES {
+        for width in WIDTHS {
+            let (batch, tokens) = (random.of(&[1, 2, 3]), random.of(&[1, 2, 5, 77]));
+            let x = random.tensor(&[batch, tokens, width], dtype);
+            let mods = random.tensor(&[batch, 3 * width], dtype);
+            let (w, b) = (random.tensor(&[width], dtype), random.tensor(&[width], dtype));
+            let part = move |t: &Tensor, i: usize| t.narrow(1, i * width, width);
+            twins(&device, "layer_norm_modulated", dtype, &[x.clone(), mods.clone()], |_, _, t| {
+                nn::layer_norm_modulated(&t[0], &part(&t[1], 2)?, &part(&t[1], 0)?, EPS)
+            });
+            let all = [x.clone(), mods, w, b];
+            twins(&device, "modulated weights", dtype, &all, |device, dtype, t| {
+                let all = [("weight", &t[2]), ("bias", &t[3])];
+                let norm = LayerNorm::new(&weights(device, dtype, &all), width, EPS).unwrap();
+                norm.forward_modulated(&t[0], &part(&t[1], 2)?, &part(&t[1], 0)?)
+            });
+            twins(&device, "layer_norm", dtype, &all, |device, dtype, t| {
+                let all = [("weight", &t[2]), ("bias", &t[3])];
+                let norm = LayerNorm::new(&weights(device, dtype, &all), width, EPS).unwrap();
+                norm.forward(&t[0].transpose(0, 1)?)
+            });
+            twins(&device, "rms_norm", dtype, &all, |device, dtype, t| {
+                let all = [("weight", &t[2])];
+                RmsNorm::new(&weights(device, dtype, &all), width, EPS).unwrap().forward(&t[0])
+            });
+        }
+    }
+}
+
+#[test]
+fn cuda_heads_equal_the_cpu() {
+    let (device, _guard) = gpu();
+    let mut random = Random(2);
+    for dtype in DTYPES {
+        for dim in [2, 6, 10, 44, 64, 72, 128, 130, 256, 512] {
+            let heads = Heads { count: random.of(&[1, 2, 3, 24]), dim };
+            let (text, image) = (random.of(&[1, 5, 33]), random.of(&[1, 7, 64]));
+            let (batch, first) = (random.of(&[1, 2]), random.of(&[0, 3, 8]));
+            let a = random.tensor(&[batch, text, first + heads.width() + 3], dtype);
+            let b = random.tensor(&[batch, image, first + heads.width()], dtype);
+            let w = random.tensor(&[dim], dtype);
+            let ids = random.tensor(&[text + image, 1], DType::F32).affine(50., 0.).unwrap();
+            for (normed, turned) in [(false, false), (false, true), (true, false), (true, true)] {
+                let all = [a.clone(), b.clone(), w.clone()];
+                twins(&device, "heads", dtype, &all, |device, dtype, t| {
+                    let weights = weights(device, dtype, &[("weight", &t[2])]);
+                    let norm = RmsNorm::new(&weights, dim, EPS).unwrap();
+                    let rope = Rope::new(&ids, &[dim], 10_000., device)?;
+                    let (before, behind) = (rope.narrow(0, text)?, rope.narrow(text, image)?);
+                    let part = |rows, rope| HeadRows {
+                        rows,
+                        first,
+                        norm: normed.then_some(&norm),
+                        rope: turned.then_some(rope),
+                    };
+                    heads.join(&[part(&t[0], &before), part(&t[1], &behind)])
+                });
+            }
+            let q = random.tensor(&[batch, heads.count, text, dim], dtype);
+            twins(&device, "attention", DType::F32, &[q], |_, _, t| {
+                nn::attention(&t[0], &t[0], &t[0], 0.01, &[]) // its result goes through merge
+            });
+        }
+    }
+}
+
+#[test]
+fn cuda_gates_and_activations_equal_the_cpu() {
+    let (device, _guard) = gpu();
+    let mut random = Random(3);
+    for dtype in DTYPES {
+        for width in WIDTHS {
+            let (batch, tokens) = (random.of(&[1, 2, 3]), random.of(&[1, 2, 5, 77]));
+            let x = random.tensor(&[batch, tokens, width], dtype);
+            let y = random.tensor(&[batch, tokens + 3, width], dtype);
+            let gate = random.tensor(&[batch, 2 * width], dtype);
+            twins(&device, "gated_add", dtype, &[x.clone(), y, gate], |_, _, t| {
+                let gate = t[2].narrow(1, width, width)?;
+                nn::gated_add(&t[0], &t[1].narrow(1, 3, tokens)?, &gate)
+            });
+            let both = random.tensor(&[batch, tokens, 2 * width], dtype);
+            for function in [
+                Activation::Relu,
+                Activation::Gelu,
+                Activation::GeluTanh,
+                Activation::QuickGelu,
+                Activation::Silu,
+            ] {
+                let name = format!("{function:?}");
+                let all = [x.clone(), both.clone()];
+                twins(&device, &name, dtype, &all, |_, _, t| function.apply(&t[0]));
+                twins(&device, &name, dtype, &all, |_, _, t| {
+                    let half = |i: usize| t[1].narrow(D::Minus1, i * width, width);
+                    function.apply_times(&half(0)?.contiguous()?, &half(1)?.contiguous()?)
+                });
+            }
+            twins(&device, "join_gelu", dtype, &[x, both], |_, _, t| {
+                nn::join_gelu(&t[0], &t[1], width / 2)
+            });
+        }
+    }
+}
+
+#[test]
+fn cuda_group_norms_equal_the_cpu() {
+    let (device, _guard) = gpu();
+    let mut random = Random(4);
+    for dtype in DTYPES {
+        for (shape, groups) in [
+            (vec![1, 4, 1], 4),
+            (vec![2, 12, 5, 7], 3),
+            (vec![1, 64, 64, 64], 32),
+            (vec![2, 32, 3, 20, 21], 8),
+            (vec![1, 8, 300, 301], 1),
+        ] {
+            let x = random.tensor(&shape, dtype);
+            let (w, b) = (random.tensor(&[shape[1]], dtype), random.tensor(&[shape[1]], dtype));
+            for silu in [false, true] {
+                for in_place in [false, true] {
+                    let all = [x.clone(), w.clone(), b.clone()];
+                    twins(&device, "group_norm", dtype, &all, |device, dtype, t| {
+                        let all = [("weight", &t[1]), ("bias", &t[2])];
+                        let weights = weights(device, dtype, &all);
+                        let norm = GroupNorm::new(&weights, groups, shape[1], EPS).unwrap();
+                        let own = t[0].copy()?;
+                        match (silu, in_place) {
+                            (false, false) => norm.forward(&own),
+                            (false, true) => norm.in_place(own),
+                            (true, false) => norm.forward_silu(&own),
+                            (true, true) => norm.silu_in_place(own),
+                        }
+                    });
+                }
+            }
+        }
+    }
+}
+
+/// Not a test of anything: how long each takes at FLUX's shapes, beside the tensor library's own operations and
+/// the time that the bytes take at 3.35 TB/s.
+#[test]
+fn cuda_nn_times() {
+    let (device, _guard) = gpu();
+    let there = Device::Cuda(device.clone());
+    let tensor = |shape: &[usize]| {
+        let t = Tensor::randn(0f32, 1., shape, &there).unwrap();
+        t.to_dtype(DType::BF16).unwrap()
+    };
+    let (tokens, width) = (4608, 3072);
+    let heads = Heads { count: 24, dim: 128 };
+    let (x, y) = (tensor(&[1, tokens, width]), tensor(&[1, tokens, width]));
+    let (vector, weight) = (tensor(&[1, width]), tensor(&[128]));
+    let rows = tensor(&[1, tokens, 3 * width]);
+    let all = tensor(&[1, tokens, 7 * width]);
+    let hidden = tensor(&[1, tokens, 4 * width]);
+    let source = MemorySource::new(&there).with("weight", weight).with("bias", tensor(&[128]));
+    let weights = Weights::new(source);
+    let norm = RmsNorm::new(&weights, 128, EPS).unwrap();
+    let ids = Tensor::zeros((tokens, 3), DType::F32, &Device::Cpu).unwrap();
+    let rope = Rope::new(&ids, &[16, 56, 56], 10_000., &there).unwrap();
+    let group = GroupNorm::new(&weights, 32, 128, EPS).unwrap();
+    let picture = tensor(&[1, 128, 1024, 1024]);
+    let own = picture.copy().unwrap();
+    let (text, image) = (rope.narrow(0, 512).unwrap(), rope.narrow(512, 4096).unwrap());
+    let (text_rows, image_rows) =
+        (rows.narrow(1, 0, 512).unwrap(), rows.narrow(1, 512, 4096).unwrap());
+    // Read and written, in values of two bytes.
+    let one = tokens * width;
+    type Run<'a> = Box<dyn Fn() -> Result<Tensor> + 'a>;
+    let cases: Vec<(&str, usize, Run<'_>)> = vec![
+        (
+            "layer_norm_modulated",
+            2 * one,
+            Box::new(|| nn::layer_norm_modulated(&x, &vector, &vector, EPS)),
+        ),
+        ("gated_add", 3 * one, Box::new(|| nn::gated_add(&x, &y, &vector))),
+        (
+            "q: norm and rope",
+            2 * one + 2 * tokens * 128,
+            Box::new(|| heads.split(&rows, 0, Some(&norm), Some(&rope))),
+        ),
+        (
+            "the same, of text and image",
+            2 * one + 2 * tokens * 128,
+            Box::new(|| {
+                let part =
+                    |rows, rope| HeadRows { rows, first: 0, norm: Some(&norm), rope: Some(rope) };
+                heads.join(&[part(&text_rows, &text), part(&image_rows, &image)])
+            }),
+        ),
+        ("v: heads", 2 * one, Box::new(|| heads.split(&rows, 2 * width, None, None))),
+        ("gelu_tanh", 8 * one, Box::new(|| Activation::GeluTanh.apply(&hidden))),
+        ("gelu", 8 * one, Box::new(|| Activation::Gelu.apply(&hidden))),
+        ("silu", 8 * one, Box::new(|| Activation::Silu.apply(&hidden))),
+        (
+            "gelu_tanh times",
+            12 * one,
+            Box::new(|| Activation::GeluTanh.apply_times(&hidden, &hidden)),
+        ),
+        ("join_gelu", 10 * one, Box::new(|| nn::join_gelu(&x, &all, 3 * width))),
+        (
+            "group norm, silu, in place",
+            3 * picture.elem_count(),
+            Box::new(|| group.silu_in_place(own.clone())),
+        ),
+    ];
+    println!(
+        "{:30} {:>10} {:>8} {:>6} {:>12} {:>9}",
+        "bf16", "own µs", "GB/s", "of", "library µs", "at most"
+    );
+    for (name, values, run) in cases {
+        let time = || {
+            let median = |mut times: Vec<f64>| {
+                times.sort_by(f64::total_cmp);
+                times[times.len() / 2]
+            };
+            let mut times = Vec::new();
+            for _ in 0..7 {
+                const REPEATS: u32 = 20;
+                there.synchronize().unwrap();
+                let begun = Instant::now();
+                for _ in 0..REPEATS {
+                    drop(run().unwrap());
+                }
+                there.synchronize().unwrap();
+                times.push(begun.elapsed().as_secs_f64() / f64::from(REPEATS));
+            }
+            median(times)
+        };
+        cuda::enable(&device);
+        let kernel = time();
+        cuda::disable(&device);
+        let library = time();
+        let bytes = 2. * values as f64;
+        println!(
+            "{name:30} {:>10.1} {:>8.0} {:>5.0}% {:>12.1} {:>9.1}",
+            kernel * 1e6,
+            bytes / kernel / 1e9,
+            100. * bytes / kernel / 3.35e12,
+            library * 1e6,
+            bytes / 3.35e12 * 1e6,
+        );
+    }
+}
