@@ -465,10 +465,21 @@ pub(crate) fn weights_recipe(options: &OpenOptions, device: &Device, compute: DT
         }
     };
     let mut recipe = vec![("weights", weights)];
-    if !device.is_cpu() {
-        recipe.push(("device", "CUDA".to_string()));
+    if let Some(kernels) = kernels(device) {
+        recipe.push(("device", format!("CUDA, {kernels}")));
     }
     recipe
+}
+
+/// What computes between the products on a GPU.
+fn kernels(device: &Device) -> Option<&'static str> {
+    #[cfg(feature = "cuda")]
+    if let Device::Cuda(device) = device
+        && crate::nn::cuda::enabled(device)
+    {
+        return Some("fused kernels");
+    }
+    (!device.is_cpu()).then_some("the tensor library's operations")
 }
 
 /// Checks that a picture is whole and of the request's size.
