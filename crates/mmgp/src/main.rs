@@ -56,7 +56,11 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if error.downcast_ref().is_some_and(mmgp::Error::is_cancelled) => {
-            eprintln!("cancelled; nothing was written");
+            // Whoever adds a context says what was kept.
+            match error.chain().len() {
+                1 => eprintln!("cancelled; nothing was written"),
+                _ => eprintln!("cancelled; {error}"),
+            }
             ExitCode::from(130)
         }
         Err(error) => {
