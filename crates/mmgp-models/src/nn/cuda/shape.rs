@@ -349,7 +349,7 @@ mod tests {
         };
         let half = x.narrow(2, 4, 4)?;
         assert_eq!(strides(&[&x, &x])?, [(1, 48, 0), (1, 48, 0)]);
-        assert_eq!(strides(&[&half, &half.copy()?])?, [(6, 4, 8), (6, 4, 4)]);
+        assert_eq!(strides(&[&half, &half.contiguous()?])?, [(6, 4, 8), (6, 4, 4)]);
         // Copied: items are not as far apart as tokens.
         assert_eq!(strides(&[&x.narrow(1, 0, 2)?])?, [(4, 8, 8)]);
         Ok(())
