@@ -26,7 +26,7 @@ pub(super) static KERNELS: KernelImage =
     KernelImage::new(include_bytes!(concat!(env!("OUT_DIR"), "/nn.fatbin")));
 
 /// A number that kernels exist for.
-pub(super) trait Element: CudaDType + DeviceRepr {
+pub(super) trait Element: CudaDType + DeviceRepr + 'static {
     /// It as a dtype.
     const DTYPE: DType;
     /// What kernels call it.
