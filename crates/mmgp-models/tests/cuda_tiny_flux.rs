@@ -1,12 +1,15 @@
-//! The demo's pipeline on a GPU: in f32 what diffusers drew, in bf16 and int8 near it, and the same
-//! bits under every budget.
+//! The demo's pipeline on a GPU, by the tensor library's operations and by our kernels: in f32 what diffusers
+//! drew, in bf16 and int8 near it, and the same bits under every budget.
 #![cfg(feature = "cuda")]
 #![allow(clippy::unwrap_used)]
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    sync::Mutex,
+};
 
 use candle_core::{DType, Device};
-use mmgp_models::{ModelIndex, OpenOptions, open_pipeline};
+use mmgp_models::{ModelIndex, OpenOptions, nn, open_pipeline};
 use mmgp_residency::{Budget, Cuda, CudaOptions, Pager};
 
 const PROMPTS: [&str; 3] = ["red heart", "a picture of a rocket", "cat face"];
@@ -17,6 +20,19 @@ fn assets(name: &str) -> PathBuf {
 
 #[test]
 fn the_pipeline_draws_the_same_under_every_budget_and_what_diffusers_draws() {
+    draws_what_diffusers_draws(false);
+}
+
+#[test]
+fn the_pipeline_draws_the_same_with_our_kernels() {
+    draws_what_diffusers_draws(true);
+}
+
+/// Whether kernels are used is decided once for the process.
+static SWITCH: Mutex<()> = Mutex::new(());
+
+fn draws_what_diffusers_draws(kernels: bool) {
+    let _guard = SWITCH.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     let path = assets("tiny-flux-reference").join("reference.safetensors");
     let reference = candle_core::safetensors::load(path, &Device::Cpu).unwrap();
     assert!(ModelIndex::read(&assets("tiny-flux")).is_ok());
@@ -32,6 +48,13 @@ fn the_pipeline_draws_the_same_under_every_budget_and_what_diffusers_draws() {
     ] {
         let first = Pager::over(Cuda::new(&CudaOptions { compute, ..Default::default() }).unwrap());
         let first = first.unwrap();
+        let Device::Cuda(device) = first.device().candle() else { panic!("no GPU") };
+        if kernels {
+            nn::cuda::self_test(device).unwrap();
+            nn::cuda::enable(device);
+        } else {
+            nn::cuda::disable(device);
+        }
         for (i, prompt) in PROMPTS.iter().enumerate() {
             let mut seen: Option<(Vec<f32>, Vec<u8>)> = None;
             for budget in [Budget::Unlimited, Budget::Min, Budget::Percent(50.)] {
@@ -51,8 +74,8 @@ fn the_pipeline_draws_the_same_under_every_budget_and_what_diffusers_draws() {
             let norm = |v: &mut dyn Iterator<Item = f32>| v.map(|x| x * x).sum::<f32>().sqrt();
             let error = norm(&mut latents.iter().zip(&want).map(|(a, b)| a - b))
                 / norm(&mut want.iter().copied());
-            println!("{what}: {prompt}: latents off by {error:.1e}");
-            assert!(error <= allowed, "{what}, {prompt}: off by {error:e}");
+            println!("{what}: {prompt}: latents off by {error:.1e}, kernels {kernels}");
+            assert!(error <= allowed, "{what}, {prompt}: off by {error:e}, kernels {kernels}");
         }
     }
 }

@@ -26,7 +26,9 @@ pub(super) static KERNELS: KernelImage =
     KernelImage::new(include_bytes!(concat!(env!("OUT_DIR"), "/nn.fatbin")));
 
 /// A number that kernels exist for.
-pub(super) trait Element: CudaDType + DeviceRepr {
+pub(super) trait Element: CudaDType + DeviceRepr + 'static {
+    /// It as a dtype.
+    const DTYPE: DType;
     /// What kernels call it.
     const SUFFIX: &'static str;
     /// The values of a vector of 16 bytes.
@@ -34,15 +36,28 @@ pub(super) trait Element: CudaDType + DeviceRepr {
 }
 
 impl Element for bf16 {
+    const DTYPE: DType = DType::BF16;
     const SUFFIX: &'static str = "bf16";
 }
 
 impl Element for f16 {
+    const DTYPE: DType = DType::F16;
     const SUFFIX: &'static str = "f16";
 }
 
 impl Element for f32 {
+    const DTYPE: DType = DType::F32;
     const SUFFIX: &'static str = "f32";
+}
+
+/// Refuses operands of another dtype than the kernel reads.
+pub(super) fn held_to<T: Element>(inputs: &[Option<&Tensor>]) -> Result<()> {
+    match inputs.iter().flatten().find(|input| input.dtype() != T::DTYPE) {
+        Some(other) => {
+            bail!("nn: an operand in {:?} beside others in {:?}", other.dtype(), T::DTYPE)
+        }
+        None => Ok(()),
+    }
 }
 
 /// Calls a function over [`Element`]s with the one that is `$x`'s dtype.

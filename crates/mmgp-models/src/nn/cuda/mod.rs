@@ -19,7 +19,7 @@ use candle_core::{
 use parking_lot::RwLock;
 
 use self::{
-    launch::{Element, Fresh, KERNELS, Place, Scratch, by_dtype},
+    launch::{Element, Fresh, KERNELS, Place, Scratch, by_dtype, held_to},
     shape::{Activate, Flat, Gate, Grid, Group, Lines, PerItem, Rows, countable, piece_values},
 };
 use crate::nn::{Activation, HeadRows, Heads};
@@ -153,6 +153,7 @@ fn normed<T: Element>(
             scale.map(|s| &s.tensor),
             shift.map(|s| &s.tensor),
         ];
+        held_to::<T>(&inputs)?;
         let argue = |at: &[u64], out: u64| Rows {
             x: at[0],
             weight: at[1],
@@ -225,6 +226,7 @@ fn split<T: Element>(heads: Heads, parts: &[HeadRows<'_>]) -> Result<Tensor> {
         let (cos, sin) = tables.unzip();
         if rows * dim > 0 {
             let inputs = [Some(&lines.tensor), norm.weight, cos, sin];
+            held_to::<T>(&inputs[..2])?;
             let argue = |at: &[u64], out: u64| Rows {
                 x: at[0],
                 weight: at[1],
@@ -308,6 +310,7 @@ fn gated<T: Element>(x: &Tensor, y: &Tensor, gate: &Tensor) -> Result<Tensor> {
     let mut out = Fresh::<T>::new(x, rows * width)?;
     if rows * width > 0 {
         let inputs = [Some(&lines.tensor), Some(&others.tensor), Some(&gates.tensor)];
+        held_to::<T>(&inputs)?;
         let argue = |at: &[u64], out: u64| Gate {
             x: at[0],
             y: at[1],
@@ -403,6 +406,7 @@ fn columns<T: Element>(
         bail!("activation: columns that do not fit");
     }
     let inputs = [Some(&x.tensor), times.map(|t| &t.tensor)];
+    held_to::<T>(&inputs)?;
     let argue = |at: &[u64], out: u64| Activate {
         x: at[0],
         times: at[1],
@@ -505,6 +509,7 @@ fn group_norm<T: Element>(norm: &GroupNorm<'_>, x: &Tensor) -> Result<Tensor> {
         let told = Told::new(out.device(), &size)?;
         let size = told.within(out.device(), size);
         let inputs = [Some(&x), Some(norm.weight), Some(norm.bias)];
+        held_to::<T>(&inputs)?;
         for (name, grid) in norm.kernels::<T>(&size) {
             let argue =
                 |at: &[u64], out: u64| Group { x: at[0], weight: at[1], bias: at[2], out, ..size };
@@ -539,6 +544,8 @@ fn group_norm_in_place<T: Element>(
     if layout.shape().elem_count() == 0 {
         return Ok(());
     }
+    let inputs = [Some(norm.weight), Some(norm.bias)];
+    held_to::<T>(&inputs)?;
     let mut place = Place::<T>::of(storage, layout)?;
     let told = Told::new(place.device(), &size)?;
     let size = told.within(place.device(), size);
@@ -548,7 +555,7 @@ fn group_norm_in_place<T: Element>(
         // SAFETY: `size` is that of `layout`, which `place` was held to; a thread writes a vector of it after it
         // has read it. `weight` and `bias` have a value for each channel, `told` room for two numbers of each
         // piece and each group.
-        unsafe { place.run(&name, grid, &[Some(norm.weight), Some(norm.bias)], argue)? };
+        unsafe { place.run(&name, grid, &inputs, argue)? };
     }
     Ok(())
 }

@@ -7,7 +7,7 @@
 mod image;
 
 use candle_core::{
-    CpuStorage, CudaDevice, CudaStorage, DType, InplaceOp2, Layout, Result, Shape,
+    CpuStorage, CudaStorage, DType, InplaceOp2, Layout, Result, Shape,
     backend::BackendStorage,
     bail,
     cuda_backend::{
