@@ -64,11 +64,10 @@ impl Put<'_> {
     /// It is converted on the CPU, so that no kernel but the tested one runs.
     fn tensor(&self, t: &Tensor) -> candle_core::Result<Tensor> {
         let len = t.elem_count();
-        let flat = t.flatten_all()?;
-        let flat =
-            Tensor::cat(&[&Tensor::zeros(self.skipped, DType::F32, &Device::Cpu)?, &flat], 0)?;
-        let there =
-            flat.to_dtype(self.on.dtype)?.to_device(&Device::Cuda(self.on.device.clone()))?;
+        let mut values = vec![0f32; self.skipped];
+        values.extend(t.flatten_all()?.to_vec1::<f32>()?);
+        let values = Tensor::new(values.as_slice(), &Device::Cpu)?.to_dtype(self.on.dtype)?;
+        let there = values.to_device(&Device::Cuda(self.on.device.clone()))?;
         there.narrow(0, self.skipped, len)?.reshape(t.dims())
     }
 
@@ -90,7 +89,7 @@ impl On<'_> {
     fn norms(&self) -> Result<()> {
         for width in WIDTHS {
             let tokens = if width < 1000 { 37 } else { 3 };
-            let x = self.values(&[2, tokens, width], 1)?;
+            let x = self.apart(&[2, tokens, width], 1)?;
             let [w, b] = [self.values(&[width], 2)?, self.values(&[width], 3)?];
             // Scale and shift are columns of one product, as they are in models.
             let rows = self.values(&[2, 3 * width], 4)?;
@@ -126,8 +125,8 @@ impl On<'_> {
         for (count, dim, first) in [(2, 6, 0), (3, 44, 5), (4, 64, 8), (24, 128, 0), (1, 512, 16)] {
             let heads = Heads { count, dim };
             let (text, image) = (5, 7);
-            let a = self.values(&[2, text, first + heads.width() + 8], 1)?;
-            let b = self.values(&[2, image, first + heads.width()], 2)?;
+            let a = self.apart(&[2, text, first + heads.width() + 8], 1)?;
+            let b = self.apart(&[2, image, first + heads.width()], 2)?;
             let weight = self.values(&[dim], 3)?;
             let norm = RmsNorm::new(&cpu(&[("weight", &weight)]), dim, EPS)?;
             let ids = self.values(&[text + image, 1], 4)?.affine(100., 0.)?;
@@ -254,9 +253,21 @@ impl On<'_> {
 
     /// Values between −4 and 4, the same for the same seed, rounded to the dtype.
     fn values(&self, shape: &[usize], seed: u32) -> Result<Tensor> {
+        self.made(shape, |i| scattered(i, seed) as f32 / (1u32 << 29) as f32 - 4.)
+    }
+
+    /// Values between 0.5 and 4.5 of alternating signs: a norm of a few values that happen to lie side by side
+    /// would multiply the last bits of their mean.
+    fn apart(&self, shape: &[usize], seed: u32) -> Result<Tensor> {
+        self.made(shape, |i| {
+            let size = scattered(i, seed) as f32 / (1u32 << 30) as f32 + 0.5;
+            if i % 2 == 0 { size } else { -size }
+        })
+    }
+
+    fn made(&self, shape: &[usize], value: impl Fn(u32) -> f32) -> Result<Tensor> {
         let len: usize = shape.iter().product();
-        let values: Vec<f32> =
-            (0..len as u32).map(|i| scattered(i, seed) as f32 / (1u32 << 29) as f32 - 4.).collect();
+        let values: Vec<f32> = (0..len as u32).map(value).collect();
         let values = Tensor::from_vec(values, shape, &Device::Cpu)?;
         Ok(values.to_dtype(self.dtype)?.to_dtype(DType::F32)?)
     }
