@@ -10,8 +10,11 @@ use parking_lot::Mutex;
 
 use crate::{
     Error, Result,
-    flux::{DoubleBlock, FluxConfig, SingleBlock},
-    nn::{Activation, Mlp, Rope, layer_norm_modulated, timestep_embedding},
+    flux::FluxConfig,
+    nn::{
+        Activation, DoubleBlock, Heads, Joint, Mlp, Rope, SingleBlock, TextPlace,
+        layer_norm_modulated, timestep_embedding,
+    },
 };
 
 const EPS: f64 = 1e-6;
@@ -66,14 +69,15 @@ impl FluxTransformer {
     pub fn new(config: &FluxConfig, builder: ModelBuilder) -> Result<Self> {
         config.validate()?;
         let stem = Stem::new(config, &builder.stem())?;
+        let heads = Heads { count: config.num_attention_heads, dim: config.attention_head_dim };
         let mut blocks = Vec::new();
         for i in 0..config.num_layers {
             let weights = builder.block(&format!("transformer_blocks.{i}"));
-            blocks.push(Block::Double(Box::new(DoubleBlock::new(config, &weights)?)));
+            blocks.push(Block::Double(Box::new(DoubleBlock::new(heads, &weights)?)));
         }
         for i in 0..config.num_single_layers {
             let weights = builder.block(&format!("single_transformer_blocks.{i}"));
-            blocks.push(Block::Single(SingleBlock::new(config, &weights)?));
+            blocks.push(Block::Single(SingleBlock::new(heads, &weights)?));
         }
         let model = builder.finish(stem, blocks)?;
         let axes = config.axes_dims_rope.clone();
@@ -91,21 +95,20 @@ impl FluxTransformer {
 
         let pass = self.model.pass()?;
         let (mut image, mut text, activated) = pass.stem(|stem| stem.embed(inputs))?;
+        let joint = Joint { activated: &activated, rope: &rope, text: TextPlace::First };
         let mut joined = None;
         for visit in pass.blocks() {
             let visit = visit?;
             // Both streams go on as one from the first single block.
             let next = visit.run(|block| match (block, &joined) {
                 (Block::Double(block), _) => {
-                    let (image, text) = block.forward(&image, &text, &activated, &rope)?;
+                    let (image, text) = block.forward(&image, &text, &joint)?;
                     Ok(State::Two(image, text))
                 }
-                (Block::Single(block), Some(x)) => {
-                    Ok(State::One(block.forward(x, &activated, &rope)?))
-                }
+                (Block::Single(block), Some(x)) => Ok(State::One(block.forward(x, &joint)?)),
                 (Block::Single(block), None) => {
                     let x = Tensor::cat(&[&text, &image], 1)?;
-                    Ok(State::One(block.forward(&x, &activated, &rope)?))
+                    Ok(State::One(block.forward(&x, &joint)?))
                 }
             })?;
             match next {

@@ -5,7 +5,7 @@ use candle_core::{Result, Tensor};
 use mmgp_quant::{Bias, Linear, Weights};
 
 use crate::{
-    hunyuanvideo::{HunyuanVideoConfig, blocks::EPS},
+    hunyuanvideo::{EPS, HunyuanVideoConfig},
     nn::{Activation, FeedForward, Heads, LayerNorm, Modulation, attention_up_to, gated_add},
 };
 

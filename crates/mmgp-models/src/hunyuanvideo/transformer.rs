@@ -12,12 +12,11 @@ use parking_lot::Mutex;
 
 use crate::{
     Error, Result,
-    hunyuanvideo::{
-        DoubleBlock, HunyuanVideoConfig, RefinerBlock, SingleBlock,
-        blocks::{Context, EPS},
-        refiner,
+    hunyuanvideo::{EPS, HunyuanVideoConfig, RefinerBlock, refiner},
+    nn::{
+        Activation, DoubleBlock, Heads, Joint, Mlp, Patch, PatchConv, Rope, SingleBlock, TextPlace,
+        layer_norm_modulated, timestep_embedding,
     },
-    nn::{Activation, Mlp, Patch, PatchConv, Rope, layer_norm_modulated, timestep_embedding},
 };
 
 const SINUSOIDS: usize = 256;
@@ -75,6 +74,7 @@ impl HunyuanVideoTransformer {
     pub fn new(config: &HunyuanVideoConfig, builder: ModelBuilder) -> Result<Self> {
         config.validate()?;
         let stem = Stem::new(config, &builder.stem())?;
+        let heads = Heads { count: config.num_attention_heads, dim: config.attention_head_dim };
         let mut blocks = Vec::new();
         for i in 0..config.num_refiner_layers {
             let path = format!("context_embedder.token_refiner.refiner_blocks.{i}");
@@ -83,11 +83,11 @@ impl HunyuanVideoTransformer {
         }
         for i in 0..config.num_layers {
             let weights = builder.block(&format!("transformer_blocks.{i}"));
-            blocks.push(Block::Double(Box::new(DoubleBlock::new(config, &weights)?)));
+            blocks.push(Block::Double(Box::new(DoubleBlock::new(heads, &weights)?)));
         }
         for i in 0..config.num_single_layers {
             let weights = builder.block(&format!("single_transformer_blocks.{i}"));
-            blocks.push(Block::Single(Box::new(SingleBlock::new(config, &weights)?)));
+            blocks.push(Block::Single(Box::new(SingleBlock::new(heads, &weights)?)));
         }
         let model = builder.finish(stem, blocks)?;
         Ok(Self { model, config: config.clone(), rope: Mutex::default() })
@@ -108,7 +108,7 @@ impl HunyuanVideoTransformer {
         let pass = self.model.pass()?;
         let Embedded { video, text, activated, refining } =
             pass.stem(|stem| stem.embed(inputs, most))?;
-        let context = Context { activated: &activated, rope: &rope, keys: &keys };
+        let joint = Joint { activated: &activated, rope: &rope, text: TextPlace::Last(&keys) };
         let mut state = State::Two(video, text);
         for visit in pass.blocks() {
             state = visit?.run(|block| match (block, &state) {
@@ -116,16 +116,14 @@ impl HunyuanVideoTransformer {
                     Ok(State::Two(video.clone(), block.forward(text, &refining, lengths)?))
                 }
                 (Block::Double(block), State::Two(video, text)) => {
-                    let (video, text) = block.forward(video, text, &context)?;
+                    let (video, text) = block.forward(video, text, &joint)?;
                     Ok(State::Two(video, text))
                 }
                 (Block::Single(block), State::Two(video, text)) => {
                     let x = Tensor::cat(&[video, text], 1)?;
-                    Ok(State::One(block.forward(&x, &context)?))
+                    Ok(State::One(block.forward(&x, &joint)?))
                 }
-                (Block::Single(block), State::One(x)) => {
-                    Ok(State::One(block.forward(x, &context)?))
-                }
+                (Block::Single(block), State::One(x)) => Ok(State::One(block.forward(x, &joint)?)),
                 (_, State::One(_)) => candle_core::bail!("hunyuanvideo: blocks out of order"),
             })?;
         }

@@ -7,7 +7,7 @@ use candle_core::{Result, Tensor};
 use mmgp_quant::{Bias, Linear, Weights};
 
 use crate::{
-    hunyuanvideo::{HunyuanVideoVaeConfig, blocks::EPS},
+    hunyuanvideo::{EPS, HunyuanVideoVaeConfig},
     nn::{Conv3d, GroupNorm, Heads, Window, attention},
 };
 

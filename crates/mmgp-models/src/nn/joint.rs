@@ -1,20 +1,51 @@
-//! The two kinds of block of a FLUX transformer.
+//! The two kinds of block of transformers in which text and pixels attend to each other together
+//! ([MM-DiT](https://arxiv.org/abs/2403.03206)), as FLUX and HunyuanVideo have them: with weights of their own
+//! for both, and with shared ones.
 //!
 //! A block is a pure function of what it is given, so that it can run again when memory had to be
-//! given back. Projections of one input are one product; what stands between products is in `nn`.
+//! given back. Projections of one input are one product.
 
 use candle_core::{Result, Tensor};
 use mmgp_quant::{Bias, Linear, Weights};
 
-use crate::{
-    flux::FluxConfig,
-    nn::{
-        Activation, FeedForward, HeadRows, Heads, Modulation, RmsNorm, Rope, attention, gated_add,
-        join_gelu, layer_norm_modulated,
-    },
+use crate::nn::{
+    Activation, FeedForward, HeadRows, Heads, Modulation, RmsNorm, Rope, attention,
+    attention_up_to, gated_add, join_gelu, layer_norm_modulated,
 };
 
+/// ε of all norms.
 const EPS: f64 = 1e-6;
+
+/// What all blocks of a pass share.
+#[derive(Clone, Copy, Debug)]
+pub struct Joint<'a> {
+    /// SiLU of the conditioning vector, `[batch, width]`.
+    pub activated: &'a Tensor,
+    /// Where tokens are, in their order.
+    pub rope: &'a Rope,
+    /// Where the text is.
+    pub text: TextPlace<'a>,
+}
+
+/// Where the text's tokens are among all.
+#[derive(Clone, Copy, Debug)]
+pub enum TextPlace<'a> {
+    /// Before the pixels' tokens; all tokens are seen.
+    First,
+    /// Behind them, padding at its end: of each item, so many tokens are seen.
+    Last(&'a [usize]),
+}
+
+impl Joint<'_> {
+    /// Attention of heads `[batch, heads, tokens, dim]`, to `[batch, tokens, heads · dim]`.
+    fn attention(&self, q: &Tensor, k: &Tensor, v: &Tensor, heads: Heads) -> Result<Tensor> {
+        let scale = 1. / (heads.dim as f64).sqrt();
+        match self.text {
+            TextPlace::First => attention(q, k, v, scale, &[]),
+            TextPlace::Last(keys) => attention_up_to(q, k, v, scale, keys),
+        }
+    }
+}
 
 /// Queries, keys and values of one stream, heads normalised and turned.
 #[derive(Debug)]
@@ -69,22 +100,20 @@ impl Stream {
     }
 }
 
-/// A block in which picture and text tokens attend to each other through weights of their own.
+/// A block in which the tokens of pixels and of text attend to each other through weights of their own.
 #[derive(Debug)]
 pub struct DoubleBlock {
     image: Stream,
     text: Stream,
-    scale: f64,
 }
 
 impl DoubleBlock {
-    /// Asks for the block's tensors below `weights`.
+    /// Asks for the block's tensors below `weights`, by diffusers' names; the stream is as wide as its heads.
     ///
     /// # Errors
-    /// A tensor that is missing or does not fit the config.
-    pub fn new(config: &FluxConfig, weights: &Weights) -> mmgp_quant::Result<Self> {
-        let hidden = config.hidden();
-        let heads = Heads { count: config.num_attention_heads, dim: config.attention_head_dim };
+    /// A tensor that is missing or has another shape.
+    pub fn new(heads: Heads, weights: &Weights) -> mmgp_quant::Result<Self> {
+        let hidden = heads.width();
         let attn = weights.pp("attn");
         let image = Stream {
             modulation: Modulation::new(&weights.pp("norm1"), hidden, hidden)?,
@@ -112,12 +141,10 @@ impl DoubleBlock {
                 Activation::GeluTanh,
             )?,
         };
-        Ok(Self { image, text, scale: 1. / (heads.dim as f64).sqrt() })
+        Ok(Self { image, text })
     }
 
-    /// The next `(image, text)`: `[batch, image tokens, hidden]` and `[batch, text tokens, hidden]`
-    /// as given. `activated` is SiLU of the timestep's vector, `[batch, hidden]`; `rope` has the
-    /// text's tokens first.
+    /// The next `(image, text)`: `[batch, image tokens, width]` and `[batch, text tokens, width]` as given.
     ///
     /// # Errors
     /// Shapes that do not fit; weights that are not leased.
@@ -125,32 +152,39 @@ impl DoubleBlock {
         &self,
         image: &Tensor,
         text: &Tensor,
-        activated: &Tensor,
-        rope: &Rope,
+        joint: &Joint<'_>,
     ) -> Result<(Tensor, Tensor)> {
         let (n, m) = (image.dim(1)?, text.dim(1)?);
+        let (image_at, text_at) = match joint.text {
+            TextPlace::First => (m, 0),
+            TextPlace::Last(_) => (0, n),
+        };
         let project = |stream: &Stream, x: &Tensor, first: usize| {
-            let modulation = stream.modulation.forward(activated)?;
+            let modulation = stream.modulation.forward(joint.activated)?;
             let y = layer_norm_modulated(x, &modulation[1], &modulation[0], EPS)?;
             let rows = stream.projection.qkv.forward(&y)?;
-            Ok::<_, candle_core::Error>((modulation, rows, rope.narrow(first, x.dim(1)?)?))
+            Ok::<_, candle_core::Error>((modulation, rows, joint.rope.narrow(first, x.dim(1)?)?))
         };
-        let (text_mod, text_rows, text_rope) = project(&self.text, text, 0)?;
-        let (image_mod, image_rows, image_rope) = project(&self.image, image, m)?;
+        let (image_mod, image_rows, image_rope) = project(&self.image, image, image_at)?;
+        let (text_mod, text_rows, text_rope) = project(&self.text, text, text_at)?;
         let heads = self.image.projection.heads;
-        let [tq, tk, tv] = self.text.projection.parts(&text_rows, &text_rope);
-        let [iq, ik, iv] = self.image.projection.parts(&image_rows, &image_rope);
-        let (q, k, v) = (heads.join(&[tq, iq])?, heads.join(&[tk, ik])?, heads.join(&[tv, iv])?);
+        let images = self.image.projection.parts(&image_rows, &image_rope);
+        let texts = self.text.projection.parts(&text_rows, &text_rope);
+        let join = |i: usize| match joint.text {
+            TextPlace::First => heads.join(&[texts[i], images[i]]),
+            TextPlace::Last(_) => heads.join(&[images[i], texts[i]]),
+        };
+        let (q, k, v) = (join(0)?, join(1)?, join(2)?);
         drop((text_rows, image_rows));
-        let mixed = attention(&q, &k, &v, self.scale, &[])?;
+        let mixed = joint.attention(&q, &k, &v, heads)?;
         drop((q, k, v));
-        let next_text = self.text.finish(text, &mixed.narrow(1, 0, m)?, &text_mod)?;
-        let next_image = self.image.finish(image, &mixed.narrow(1, m, n)?, &image_mod)?;
+        let next_image = self.image.finish(image, &mixed.narrow(1, image_at, n)?, &image_mod)?;
+        let next_text = self.text.finish(text, &mixed.narrow(1, text_at, m)?, &text_mod)?;
         Ok((next_image, next_text))
     }
 }
 
-/// A block over text and picture tokens together, whose attention and feed-forward run side by side.
+/// A block over the tokens of text and of pixels together, whose attention and feed-forward run side by side.
 #[derive(Debug)]
 pub struct SingleBlock {
     modulation: Modulation<3>,
@@ -159,17 +193,15 @@ pub struct SingleBlock {
     norm_k: RmsNorm,
     output: Linear,
     heads: Heads,
-    scale: f64,
 }
 
 impl SingleBlock {
-    /// Asks for the block's tensors below `weights`.
+    /// Asks for the block's tensors below `weights`, by diffusers' names; the stream is as wide as its heads.
     ///
     /// # Errors
-    /// A tensor that is missing or does not fit the config.
-    pub fn new(config: &FluxConfig, weights: &Weights) -> mmgp_quant::Result<Self> {
-        let hidden = config.hidden();
-        let heads = Heads { count: config.num_attention_heads, dim: config.attention_head_dim };
+    /// A tensor that is missing or has another shape.
+    pub fn new(heads: Heads, weights: &Weights) -> mmgp_quant::Result<Self> {
+        let hidden = heads.width();
         // All four read the same input, so one product computes them.
         let layers = [
             ("attn.to_q", hidden),
@@ -184,23 +216,21 @@ impl SingleBlock {
             norm_k: RmsNorm::new(&weights.pp("attn.norm_k"), heads.dim, EPS)?,
             output: weights.pp("proj_out").linear(5 * hidden, hidden, Bias::Yes)?,
             heads,
-            scale: 1. / (heads.dim as f64).sqrt(),
         })
     }
 
-    /// The next tokens: `x` is `[batch, text tokens + image tokens, hidden]`, `activated` and `rope`
-    /// as for [`DoubleBlock::forward`].
+    /// The next tokens: `x` is `[batch, tokens of all, width]`.
     ///
     /// # Errors
     /// Shapes that do not fit; weights that are not leased.
-    pub fn forward(&self, x: &Tensor, activated: &Tensor, rope: &Rope) -> Result<Tensor> {
-        let [shift, scale, gate] = self.modulation.forward(activated)?;
+    pub fn forward(&self, x: &Tensor, joint: &Joint<'_>) -> Result<Tensor> {
+        let [shift, scale, gate] = self.modulation.forward(joint.activated)?;
         let rows = self.input.forward(&layer_norm_modulated(x, &scale, &shift, EPS)?)?;
         let (heads, width) = (self.heads, self.heads.width());
-        let q = heads.split(&rows, 0, Some(&self.norm_q), Some(rope))?;
-        let k = heads.split(&rows, width, Some(&self.norm_k), Some(rope))?;
+        let q = heads.split(&rows, 0, Some(&self.norm_q), Some(joint.rope))?;
+        let k = heads.split(&rows, width, Some(&self.norm_k), Some(joint.rope))?;
         let v = heads.split(&rows, 2 * width, None, None)?;
-        let mixed = attention(&q, &k, &v, self.scale, &[])?;
+        let mixed = joint.attention(&q, &k, &v, heads)?;
         drop((q, k, v));
         let joined = join_gelu(&mixed, &rows, 3 * width)?;
         drop(rows);
