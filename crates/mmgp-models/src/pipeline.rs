@@ -371,6 +371,15 @@ pub trait Pipeline {
     }
 }
 
+/// Stored tensors that no part of a pipeline uses, by the parts' names.
+pub(crate) fn unused_of(parts: &[(&str, &[String])]) -> Vec<(String, String)> {
+    let of = |(model, tensors): &(&str, &[String])| {
+        let named = |tensor: &String| ((*model).to_string(), tensor.clone());
+        tensors.iter().map(named).collect::<Vec<_>>()
+    };
+    parts.iter().flat_map(of).collect()
+}
+
 /// Checks that `request` is for one picture from a prompt alone.
 pub(crate) fn check_picture(request: &Request, class: &str) -> Result<()> {
     let wrong = |what: String| Err(Error::Input(what));

@@ -126,7 +126,7 @@ fn latents_outlive_a_decode_that_fails() {
     let good = generate(&out, &model, &["--frames", "9", "--out", "good.webp"]);
     assert_eq!(good.code, Some(0), "{}", good.stderr);
 
-    let kept = kept_latents(&out, &model);
+    let kept = kept_latents(&out, &model, &[]);
     let run =
         mmgp(&out, &["decode", kept.to_str().unwrap(), "--out", "again.webp", "--device", "cpu"]);
     assert_eq!(run.code, Some(0), "{}", run.stderr);
@@ -150,14 +150,15 @@ fn latents_outlive_a_decode_that_fails() {
 }
 
 /// What a run leaves that is stopped while it decodes: the latents of a run whose output's folder goes away.
-fn kept_latents(dir: &Path, model: &Path) -> PathBuf {
+fn kept_latents(dir: &Path, model: &Path, args: &[&str]) -> PathBuf {
     let place = dir.join("place");
     fs::create_dir(&place).unwrap();
     // The frames of a folder that holds something else are not written, which shows after denoising.
     let taken = place.join("it");
     fs::create_dir(&taken).unwrap();
     fs::write(taken.join("mine.txt"), "mine").unwrap();
-    let run = generate(dir, model, &["--frames", "9", "--out", "place/it.png"]);
+    let given = ["--frames", "9", "--out", "place/it.png"];
+    let run = generate(dir, model, &[&given[..], args].concat());
     assert_eq!(run.code, Some(1));
     assert!(run.stderr.contains("mmgp decode"), "{}", run.stderr);
     let kept = place.join("it.latents.safetensors");
@@ -178,6 +179,13 @@ fn a_video_begins_with_a_picture_of_any_size() {
     let run =
         generate(dir.path(), &model, &["--image", image.to_str().unwrap(), "--out", "it.mp4"]);
     assert_eq!(run.code, Some(0), "{}", run.stderr);
+    // Its latents need no picture any more.
+    let kept = kept_latents(dir.path(), &model, &["--image", image.to_str().unwrap()]);
+    let args = ["decode", kept.to_str().unwrap(), "--out", "again.mp4", "--device", "cpu"];
+    let decoded = mmgp(dir.path(), &args);
+    assert_eq!(decoded.code, Some(0), "{}", decoded.stderr);
+    let file = |name: &str| fs::read(dir.path().join(name)).unwrap();
+    assert!(file("again.mp4") == file("it.mp4"));
     let plain = tiny("cogvideox-5b");
     let run = generate(dir.path(), &plain, &["--image", image.to_str().unwrap()]);
     assert!(run.code == Some(1) && run.stderr.contains("takes no picture"), "{}", run.stderr);

@@ -19,7 +19,7 @@ use crate::{
     noise::TorchGenerator,
     pipeline::{
         Kept, check_frames, check_image, check_numbers, check_side, fits, pictures, to_tensor,
-        weights_recipe,
+        unused_of, weights_recipe,
     },
     schedulers::{
         ddim::{Ddim, DdimSchedule},
@@ -272,6 +272,13 @@ impl CogVideoXPipeline {
         Ok((drawn * self.vae.picture_factor())?.unsqueeze(1)?)
     }
 
+    /// What latents and frames depend on.
+    fn check_size(&self, request: &Request) -> Result<()> {
+        check_side("width", request.width, self.patch())?;
+        check_side("height", request.height, self.patch())?;
+        check_frames(request.frames, self.config.temporal_compression_ratio)
+    }
+
     fn wants_picture(&self) -> String {
         format!("{} needs a picture for the video to begin with", self.class())
     }
@@ -370,15 +377,11 @@ impl Pipeline for CogVideoXPipeline {
     }
 
     fn unused(&self) -> Vec<(String, String)> {
-        let of = |model: &str, tensors: &[String]| -> Vec<(String, String)> {
-            tensors.iter().map(|tensor| (model.to_string(), tensor.clone())).collect()
-        };
-        [
-            of("text_encoder", self.t5.unused()),
-            of("transformer", self.transformer.unused()),
-            of("vae", self.decoder.unused()),
-        ]
-        .concat()
+        unused_of(&[
+            ("text_encoder", self.t5.unused()),
+            ("transformer", self.transformer.unused()),
+            ("vae", self.decoder.unused()),
+        ])
     }
 
     fn recipe(&self, request: &Request) -> Recipe {
@@ -414,11 +417,9 @@ impl Pipeline for CogVideoXPipeline {
     }
 
     fn check(&self, request: &Request) -> Result<()> {
-        check_side("width", request.width, self.patch())?;
-        check_side("height", request.height, self.patch())?;
+        self.check_size(request)?;
         check_numbers(request, LONGEST)?;
         let wrong = |what: String| Err(Error::Input(what));
-        check_frames(request.frames, self.config.temporal_compression_ratio)?;
         match (&self.encoder, &request.image) {
             (Some(_), None) => return wrong(self.wants_picture()),
             (None, Some(_)) => {
@@ -473,7 +474,7 @@ impl Pipeline for CogVideoXPipeline {
         tell: &mut dyn FnMut(Event),
         each: &mut dyn FnMut(Picture) -> Result<()>,
     ) -> Result<()> {
-        self.check(request)?;
+        self.check_size(request)?; // the picture is in the latents
         let x = latents.tensor(&self.shape(request), &self.device)?;
         let (frames, before) = self.latent_frames(request);
         let x = x.narrow(1, before, frames)?.permute([0, 2, 1, 3, 4])?.contiguous()?;

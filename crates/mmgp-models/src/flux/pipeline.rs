@@ -14,7 +14,9 @@ use crate::{
     PipelinePart, Recipe, Request, Result,
     flux::{FluxConfig, FluxInputs, FluxTransformer, latents},
     noise::torch_normal,
-    pipeline::{Kept, check_numbers, check_picture, check_side, fits, pictures, weights_recipe},
+    pipeline::{
+        Kept, check_numbers, check_picture, check_side, fits, pictures, unused_of, weights_recipe,
+    },
     schedulers::flow_match_euler::{self, FlowMatchConfig, FlowMatchEuler, linspace_sigmas},
     text::{
         clip::{ClipConfig, ClipText, Projection},
@@ -218,17 +220,13 @@ impl Pipeline for FluxPipeline {
     }
 
     fn unused(&self) -> Vec<(String, String)> {
-        let of = |model: &str, tensors: &[String]| -> Vec<(String, String)> {
-            tensors.iter().map(|tensor| (model.to_string(), tensor.clone())).collect()
-        };
         // What neither half of the VAE uses; each half ignores the other's weights.
-        [
-            of("text_encoder", self.clip.unused()),
-            of("text_encoder_2", self.t5.unused()),
-            of("transformer", self.transformer.unused()),
-            of("vae", self.decoder.unused()),
-        ]
-        .concat()
+        unused_of(&[
+            ("text_encoder", self.clip.unused()),
+            ("text_encoder_2", self.t5.unused()),
+            ("transformer", self.transformer.unused()),
+            ("vae", self.decoder.unused()),
+        ])
     }
 
     fn recipe(&self, request: &Request) -> Recipe {

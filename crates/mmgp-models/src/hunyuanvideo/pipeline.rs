@@ -16,7 +16,9 @@ use crate::{
     Defaults, Error, Event, GuidanceSchedule, Latents, ModelIndex, OpenOptions, Picture, Pipeline,
     PipelinePart, Recipe, Request, Result, Tiles,
     noise::torch_normal,
-    pipeline::{Kept, check_frames, check_numbers, check_side, fits, pictures, weights_recipe},
+    pipeline::{
+        Kept, check_frames, check_numbers, check_side, fits, pictures, unused_of, weights_recipe,
+    },
     schedulers::flow_match_euler::{self, FlowMatchConfig, FlowMatchEuler, linspace_sigmas},
     text::{
         clip::{ClipConfig, ClipText, Projection},
@@ -225,16 +227,12 @@ impl Pipeline for HunyuanVideoPipeline {
     }
 
     fn unused(&self) -> Vec<(String, String)> {
-        let of = |model: &str, tensors: &[String]| -> Vec<(String, String)> {
-            tensors.iter().map(|tensor| (model.to_string(), tensor.clone())).collect()
-        };
-        [
-            of("text_encoder", self.llama.unused()),
-            of("text_encoder_2", self.clip.unused()),
-            of("transformer", self.transformer.unused()),
-            of("vae", self.decoder.unused()),
-        ]
-        .concat()
+        unused_of(&[
+            ("text_encoder", self.llama.unused()),
+            ("text_encoder_2", self.clip.unused()),
+            ("transformer", self.transformer.unused()),
+            ("vae", self.decoder.unused()),
+        ])
     }
 
     fn recipe(&self, request: &Request) -> Recipe {
