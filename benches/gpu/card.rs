@@ -15,6 +15,8 @@ use std::{
 
 use anyhow::{Result, bail};
 use candle_core::Device;
+#[cfg(feature = "cuda")]
+use mmgp_models::nn;
 use mmgp_residency::{Bytes, Pager};
 #[cfg(feature = "cuda")]
 use mmgp_residency::{Cuda, CudaOptions};
@@ -50,6 +52,9 @@ impl Card {
     fn gpu(ordinal: usize, locked: Option<Bytes>) -> Result<Self> {
         let options = CudaOptions { ordinal, locked, ..CudaOptions::default() };
         let cuda = Cuda::new(&options)?;
+        if let Device::Cuda(device) = mmgp_residency::Device::candle(&cuda) {
+            nn::cuda::enable_tested(device)?;
+        }
         Ok(Self { pager: Pager::over(cuda.clone())?, cuda: Some(cuda) })
     }
 

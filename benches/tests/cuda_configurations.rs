@@ -192,6 +192,12 @@ impl Pair {
     }
 }
 
+/// Has the GPU's kernels used, as the command does.
+fn use_kernels(device: &Device) {
+    let Device::Cuda(device) = device else { panic!("no GPU") };
+    mmgp_models::nn::cuda::enable_tested(device).unwrap();
+}
+
 /// The bits of resident passes.
 struct References {
     t5: BTreeMap<Form, Vec<u32>>,
@@ -203,6 +209,7 @@ impl References {
         let mut all = Self { t5: BTreeMap::new(), flux: BTreeMap::new() };
         let pager = Pager::over(Cuda::new(&CudaOptions::default()).unwrap()).unwrap();
         let device = pager.device().candle().clone();
+        use_kernels(&device);
         for form in [Form::Bf16, Form::Int8] {
             let pager = pager.beside().unwrap();
             let mut pair = Pair::new(place, &pager, form);
@@ -361,6 +368,7 @@ fn two_hundred_lives_of_a_model_leave_nothing_behind() {
     let locked = cuda.locked_counter();
     let first = Pager::over(cuda).unwrap();
     let device = first.device().candle().clone();
+    use_kernels(&device);
     let mut settled = None;
     for cycle in 0..CYCLES {
         let pager = first.beside().unwrap();

@@ -39,6 +39,11 @@ if [ -z "${CUDA_HOME:-}" ]; then
 fi
 lib=${CUDA_HOME:-/usr/local/cuda}
 export LD_LIBRARY_PATH="$lib/targets/x86_64-linux/lib:$lib/lib64:${LD_LIBRARY_PATH:-}"
+# cuDNN is the system's, or else the one that Python's packages brought.
+if [ -z "${MMGP_CUDNN:-}" ] && ! ldconfig -p | grep -q 'libcudnn\.so\.9'; then
+    found=$(python3 -c 'import nvidia.cudnn as c; print(c.__path__[0])' 2>/dev/null)/lib/libcudnn.so.9
+    [ -e "$found" ] && export MMGP_CUDNN=$found
+fi
 
 if [ "${1:-}" = --bench ]; then
     shift

@@ -481,14 +481,21 @@ pub(crate) fn weights_recipe(options: &OpenOptions, device: &Device, compute: DT
 }
 
 /// What computes between the products on a GPU.
-fn kernels(device: &Device) -> Option<&'static str> {
+fn kernels(device: &Device) -> Option<String> {
     #[cfg(feature = "cuda")]
     if let Device::Cuda(device) = device
         && crate::nn::cuda::enabled(device)
     {
-        return Some("fused kernels");
+        let attention = match crate::nn::cuda::cudnn_version() {
+            Ok(version) if crate::nn::cuda::cudnn_enabled(device) => {
+                let (major, minor, patch) = (version / 10_000, version / 100 % 100, version % 100);
+                format!("attention by cuDNN {major}.{minor}.{patch}")
+            }
+            _ => "attention in chunks".into(),
+        };
+        return Some(format!("fused kernels, {attention}"));
     }
-    (!device.is_cpu()).then_some("the tensor library's operations")
+    (!device.is_cpu()).then(|| "the tensor library's operations".into())
 }
 
 /// Checks that a picture is whole and of the request's size.

@@ -378,3 +378,68 @@ fn cuda_nn_times() {
         );
     }
 }
+
+#[test]
+fn cuda_nn_attention_holds_no_scores() {
+    let (device, _guard) = gpu();
+    let there = Device::Cuda(device.clone());
+    match cuda::cudnn_version() {
+        Ok(version) => println!("cuDNN {version}"),
+        Err(why) => panic!("no cuDNN: {why}"),
+    }
+    cuda::self_test_attention(&device).unwrap();
+    println!("| heads | tokens | dim | ms | TFLOP/s | ms in chunks |");
+    println!("|---|---|---|---|---|---|");
+    for (heads, tokens, dim) in
+        [(24, 1_536, 128), (24, 4_608, 128), (24, 4_608, 64), (24, 16_896, 128), (48, 17_776, 64)]
+    {
+        // In the rows of a joined projection, where models have them.
+        let rows = Tensor::randn(0f32, 1., (1, tokens, 3 * heads * dim), &there).unwrap();
+        let rows = rows.to_dtype(DType::BF16).unwrap();
+        let part = |i: usize| {
+            let part = rows.narrow(2, i * heads * dim, heads * dim).unwrap();
+            part.reshape((1, tokens, heads, dim)).unwrap().transpose(1, 2).unwrap()
+        };
+        let (q, k, v) = (part(0), part(1), part(2));
+        let scale = 1. / (dim as f64).sqrt();
+        let run = || nn::attention(&q, &k, &v, scale, &[]).unwrap();
+        let time = |repeats: u32| {
+            drop(run());
+            let mut times = Vec::new();
+            for _ in 0..5 {
+                there.synchronize().unwrap();
+                let begun = Instant::now();
+                (0..repeats).for_each(|_| drop(run()));
+                there.synchronize().unwrap();
+                times.push(begun.elapsed().as_secs_f64() / f64::from(repeats));
+            }
+            times.sort_by(f64::total_cmp);
+            times[times.len() / 2]
+        };
+        cuda::enable(&device);
+        cuda::enable_cudnn(&device);
+        let whole = run();
+        let seconds = time(10);
+        cuda::disable(&device);
+        cuda::enable(&device);
+        let pieces = run();
+        let chunks = time(1);
+        cuda::disable(&device);
+        let worst = (whole.to_dtype(DType::F32).unwrap() - pieces.to_dtype(DType::F32).unwrap())
+            .unwrap()
+            .abs()
+            .unwrap()
+            .max_all()
+            .unwrap()
+            .to_scalar::<f32>()
+            .unwrap();
+        let operations = 4. * (heads * tokens * tokens * dim) as f64;
+        println!(
+            "| {heads} | {tokens} | {dim} | {:.3} | {:.0} | {:.3} |",
+            seconds * 1e3,
+            operations / seconds / 1e12,
+            chunks * 1e3
+        );
+        assert!(worst < 0.02, "{heads} heads of {dim}, {tokens} tokens: off by {worst}");
+    }
+}

@@ -5,8 +5,8 @@
 #[path = "pipelines/run.rs"]
 mod run;
 
-use candle_core::DType;
-use mmgp_models::OpenOptions;
+use candle_core::{DType, Device};
+use mmgp_models::{OpenOptions, nn};
 use mmgp_residency::{Cuda, CudaOptions, Pager};
 use run::{Error, Runner};
 
@@ -20,6 +20,8 @@ fn tiny_pipelines_have_the_same_bits_under_every_budget() -> Result<(), Error> {
         ("bf16, int8 weights", DType::BF16, int8(), Some(0.5)),
     ] {
         let first = Pager::over(Cuda::new(&CudaOptions { compute, ..Default::default() })?)?;
+        let Device::Cuda(device) = first.device().candle() else { return Err("no GPU".into()) };
+        nn::cuda::enable_tested(device)?;
         let pager = || Ok(first.beside()?);
         let frames = compute == DType::F32;
         let runner = Runner { pager: &pager, options, allowed, frames };

@@ -50,8 +50,7 @@ fn draws_what_diffusers_draws(kernels: bool) {
         let first = first.unwrap();
         let Device::Cuda(device) = first.device().candle() else { panic!("no GPU") };
         if kernels {
-            nn::cuda::self_test(device).unwrap();
-            nn::cuda::enable(device);
+            nn::cuda::enable_tested(device).unwrap();
         } else {
             nn::cuda::disable(device);
         }

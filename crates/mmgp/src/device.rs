@@ -123,6 +123,25 @@ fn cuda(ordinal: usize, gpu: &GpuUse) -> mmgp_residency::Result<Opened> {
                 tracing::warn!("computing without fused kernels, which is slower: {error}");
             }
         }
+        match nn::cudnn_version() {
+            Ok(version) if nn::enabled(device) => {
+                let subject = format!("cuDNN {version}");
+                match self_test(&card, driver, subject.as_bytes(), || {
+                    nn::self_test_attention(device)
+                }) {
+                    Ok(()) => nn::enable_cudnn(device),
+                    Err(error) if cuda.candle().synchronize().is_err() => return Err(error.into()),
+                    Err(error) => {
+                        tracing::warn!("computing attention in chunks, which is slower: {error}");
+                    }
+                }
+            }
+            Ok(_) => {}
+            Err(why) => tracing::warn!(
+                "computing attention in chunks, which is slower: cuDNN 9 was not found ({why}); install it or \
+                 name its library in MMGP_CUDNN"
+            ),
+        }
     }
     let machine = driver.map(|driver| format!("{card}, {driver}, {}", host()));
     Ok(Opened { pager: Pager::over(cuda)?, machine })

@@ -2,8 +2,9 @@
 //!
 //! Query rows are taken in chunks, so that the scores of one chunk stay near 32 MiB however long the
 //! sequence is; of a long one, few heads at a time, so that there are enough rows in a product. The chunk is a
-//! function of the shape and the kind of device: it belongs to the recipe. The result comes with its heads
-//! merged, as the output projection takes it.
+//! function of the shape and the kind of device: it belongs to the recipe. On a GPU what has no biases is
+//! cuDNN's, as a whole, where that is installed and computes the shape. The result comes with its heads merged,
+//! as the output projection takes it.
 
 use candle_core::{D, DType, Device, Result, Tensor};
 
@@ -50,6 +51,12 @@ pub fn attention(
     scale: f64,
     biases: &[&Tensor],
 ) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if biases.is_empty()
+        && let Some(out) = crate::nn::cuda::attention(q, k, v, scale)?
+    {
+        return Ok(out);
+    }
     let limit = if q.device().is_cpu() { SCORES } else { LONG_SCORES };
     few_heads_at_a_time(q, k, v, scale, biases, [SCORES, limit])
 }

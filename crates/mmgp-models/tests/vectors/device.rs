@@ -27,7 +27,11 @@ fn open(wanted: Result<&str, &std::env::VarError>) -> mmgp_residency::Result<Pag
         Ok("cuda") => {
             use mmgp_residency::{Cuda, CudaOptions};
             let compute = candle_core::DType::F32;
-            Pager::over(Cuda::new(&CudaOptions { compute, ..CudaOptions::default() })?)
+            let cuda = Cuda::new(&CudaOptions { compute, ..CudaOptions::default() })?;
+            if let Device::Cuda(device) = mmgp_residency::Device::candle(&cuda) {
+                mmgp_models::nn::cuda::enable_tested(device)?;
+            }
+            Pager::over(cuda)
         }
         Ok(other) if other != "cpu" => panic!("MMGP_TEST_DEVICE={other} is not built in"),
         _ => Pager::new(&Device::Cpu),

@@ -3,6 +3,8 @@
 //! Operands are locked, held to the memory that they have, and on one stream with what is written; who starts a
 //! kernel vouches for the argument alone. Launches are queued on candle's stream and never synchronize the host.
 
+use std::sync::Arc;
+
 use candle_core::{
     CudaDevice, CudaStorage, DType, Device, Layout, Result, Shape, Storage, Tensor,
     backend::BackendStorage,
@@ -111,6 +113,18 @@ impl<T: Element> Fresh<T> {
         unsafe { run(&self.device, &stream, kernel, grid, inputs, |inputs| argue(inputs, out)) }
     }
 
+    /// Calls `queue` with the stream, the addresses of `inputs` and this memory's. Operands stay where they are
+    /// until it is back.
+    pub(super) fn queue<R>(
+        &mut self,
+        inputs: &[Option<&Tensor>],
+        queue: impl FnOnce(&Arc<CudaStream>, &[u64], u64) -> Result<R>,
+    ) -> Result<R> {
+        let stream = self.device.cuda_stream();
+        let (out, _written) = self.values.device_ptr_mut(&stream);
+        addressed(&self.device, &stream, inputs, |inputs| queue(&stream, inputs, out))
+    }
+
     pub(super) fn device(&self) -> &CudaDevice {
         &self.device
     }
@@ -201,7 +215,29 @@ unsafe fn run<P: DeviceRepr>(
     argue: impl FnOnce(&[u64]) -> P,
 ) -> Result<()> {
     let kernel = KERNELS.function(device, kernel)?;
-    // Both stay until the kernel is queued.
+    let config = LaunchConfig {
+        grid_dim: (grid.blocks.0, grid.blocks.1, 1),
+        block_dim: (grid.threads.0, grid.threads.1, 1),
+        shared_mem_bytes: 0,
+    };
+    addressed(device, stream, inputs, |addresses| {
+        let argument = argue(addresses);
+        let mut launch = stream.launch_builder(&kernel);
+        launch.arg(&argument);
+        // SAFETY: the caller vouches for the argument. The inputs are locked, what their layouts show is within
+        // their memory, and all of it is ordered by this stream.
+        unsafe { launch.launch(config) }.w()?;
+        Ok(())
+    })
+}
+
+/// Calls `queue` with the addresses of `inputs`, 0 for `None`, which are locked until it is back.
+fn addressed<R>(
+    device: &CudaDevice,
+    stream: &CudaStream,
+    inputs: &[Option<&Tensor>],
+    queue: impl FnOnce(&[u64]) -> Result<R>,
+) -> Result<R> {
     let locked: Vec<_> = inputs.iter().map(|input| input.map(Tensor::storage_and_layout)).collect();
     let mut addresses = Vec::with_capacity(inputs.len());
     let mut read = Vec::with_capacity(inputs.len());
@@ -225,19 +261,9 @@ unsafe fn run<P: DeviceRepr>(
         addresses.push(address);
         read.push(sync);
     }
-    let argument = argue(&addresses);
-    let config = LaunchConfig {
-        grid_dim: (grid.blocks.0, grid.blocks.1, 1),
-        block_dim: (grid.threads.0, grid.threads.1, 1),
-        shared_mem_bytes: 0,
-    };
-    let mut launch = stream.launch_builder(&kernel);
-    launch.arg(&argument);
-    // SAFETY: the caller vouches for the argument. The inputs are locked, what their layouts show is within
-    // their memory, and all of it is ordered by this stream.
-    unsafe { launch.launch(config) }.w()?;
+    let done = queue(&addresses);
     drop(read);
-    Ok(())
+    done
 }
 
 /// Where the values that `layout` shows of a storage begin, held to the memory that it has.

@@ -6,6 +6,7 @@
 //! recipe as the device does. They are used on GPUs for which [`enable`] was called, which is for whoever saw
 //! [`self_test`] pass there; elsewhere the library's operations compute, which is said once.
 
+mod cudnn;
 mod launch;
 mod self_test;
 mod shape;
@@ -24,17 +25,24 @@ use self::{
 };
 use crate::nn::{Activation, HeadRows, Heads};
 
-pub use self::self_test::self_test;
+pub use self::self_test::{self_test, self_test_attention};
 
 /// The kernels as they were compiled: what a self-test's result is about, beside the card and the driver.
 pub fn kernel_image() -> &'static [u8] {
     KERNELS.bytes()
 }
 
-/// Whether kernels are used, by the address of the CUDA context. Contexts of devices live as long as the
-/// process once a kernel was loaded into them.
-fn choices() -> &'static RwLock<HashMap<usize, bool>> {
-    static CHOICES: OnceLock<RwLock<HashMap<usize, bool>>> = OnceLock::new();
+/// What computes on a GPU instead of the tensor library's own operations.
+#[derive(Clone, Copy, Debug, Default)]
+struct Choice {
+    kernels: bool,
+    cudnn: bool,
+}
+
+/// Choices by the address of the CUDA context. Contexts of devices live as long as the process once a kernel was
+/// loaded into them.
+fn choices() -> &'static RwLock<HashMap<usize, Choice>> {
+    static CHOICES: OnceLock<RwLock<HashMap<usize, Choice>>> = OnceLock::new();
     CHOICES.get_or_init(RwLock::default)
 }
 
@@ -42,20 +50,57 @@ fn context(device: &CudaDevice) -> usize {
     device.cuda_stream().context().cu_ctx() as usize
 }
 
+fn choice(device: &CudaDevice) -> Choice {
+    choices().read().get(&context(device)).copied().unwrap_or_default()
+}
+
 /// Has the functions of [`nn`](crate::nn) use the kernels on `device`'s GPU from now on. The caller knows that
 /// [`self_test`] passed on this card with this driver and this [`kernel_image`].
 pub fn enable(device: &CudaDevice) {
-    choices().write().insert(context(device), true);
+    choices().write().entry(context(device)).or_default().kernels = true;
 }
 
-/// Has them use the tensor library's own operations there, as they do before [`enable`] was called.
+/// Has them use cuDNN's attention there, too. The caller knows that [`self_test_attention`] passed on this card
+/// with this driver and this [`cudnn_version`].
+pub fn enable_cudnn(device: &CudaDevice) {
+    choices().write().entry(context(device)).or_default().cudnn = true;
+}
+
+/// Has them use the tensor library's own operations there, as they do before something was enabled.
 pub fn disable(device: &CudaDevice) {
-    choices().write().insert(context(device), false);
+    choices().write().insert(context(device), Choice::default());
+}
+
+/// Tests kernels and, where it is installed, cuDNN's attention, and has them used there.
+///
+/// # Errors
+/// Those of the tests.
+pub fn enable_tested(device: &CudaDevice) -> mmgp_quant::Result<()> {
+    self_test(device)?;
+    enable(device);
+    if cudnn_version().is_ok() {
+        self_test_attention(device)?;
+        enable_cudnn(device);
+    }
+    Ok(())
 }
 
 /// Whether kernels are used on `device`'s GPU.
 pub fn enabled(device: &CudaDevice) -> bool {
-    choices().read().get(&context(device)).copied().unwrap_or(false)
+    choice(device).kernels
+}
+
+/// Whether cuDNN's attention is used on `device`'s GPU.
+pub fn cudnn_enabled(device: &CudaDevice) -> bool {
+    choice(device).cudnn
+}
+
+/// The version of cuDNN on this machine, 91400 for 9.14.0; why it is not used.
+///
+/// # Errors
+/// It cannot be opened, or is older than attention needs.
+pub fn cudnn_version() -> std::result::Result<usize, &'static str> {
+    cudnn::version()
 }
 
 /// Whether kernels are used for `tensors`: they are on one GPU where they may be, and of one dtype that there are
@@ -67,18 +112,31 @@ pub(crate) fn take(tensors: &[&Tensor]) -> bool {
     let Device::Cuda(device) = first.device() else {
         return false;
     };
-    let choice = choices().read().get(&context(device)).copied();
-    let enabled = choice.unwrap_or_else(|| {
+    let chosen = choices().read().get(&context(device)).copied();
+    let chosen = chosen.unwrap_or_else(|| {
         tracing::info!(
             "the GPU's own kernels were not tested here: the tensor library's operations are used"
         );
         disable(device);
-        false
+        Choice::default()
     });
     let alike = |t: &&Tensor| t.dtype() == first.dtype() && t.device().same_device(first.device());
-    enabled
+    chosen.kernels
         && matches!(first.dtype(), DType::BF16 | DType::F16 | DType::F32)
         && others.iter().all(alike)
+}
+
+/// softmax(q · kᵀ · scale) · v with the heads merged, as [`attention`](crate::nn::attention) has it without
+/// biases; `None` where that is not computed as a whole.
+pub(crate) fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> Result<Option<Tensor>> {
+    let Device::Cuda(device) = q.device() else {
+        return Ok(None);
+    };
+    let alike = |t: &Tensor| t.dtype() == q.dtype() && t.device().same_device(q.device());
+    if !choice(device).cudnn || !alike(k) || !alike(v) {
+        return Ok(None);
+    }
+    cudnn::attention(q, k, v, scale)
 }
 
 /// What is done with rows before they are put where they belong.

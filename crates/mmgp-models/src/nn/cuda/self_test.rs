@@ -39,9 +39,26 @@ pub fn self_test(device: &CudaDevice) -> Result<()> {
     Ok(())
 }
 
+/// Runs cuDNN's attention and compares with the CPU.
+///
+/// Takes a few seconds the first time on a machine, when its kernels are compiled, which the driver keeps. Results
+/// hold for one card, one driver and one [version](super::cudnn_version). Nothing is
+/// [enabled](super::enable_cudnn) by it.
+///
+/// # Errors
+/// [`Error::Kernel`] where it computes something else; [`Error::Candle`] where it does not run.
+pub fn self_test_attention(device: &CudaDevice) -> Result<()> {
+    for dtype in [DType::BF16, DType::F16] {
+        On { device, dtype }.attention()?;
+    }
+    Ok(())
+}
+
 /// What a result may differ by.
 #[derive(Clone, Copy, PartialEq)]
 enum Within {
+    /// What weights in the dtype, and a mean of values by them, cost.
+    Weights,
     /// Nothing, once the CPU's is rounded to the dtype.
     Bits,
     /// The dtype's rounding, and what f32 operations cost.
@@ -164,6 +181,40 @@ impl On<'_> {
             let x = self.values(&[2, count, 9, dim], 5)?;
             self.check("rows_none", Within::Bits, &nn::heads::merge(&x)?, |put| {
                 Ok(super::merge(&put.tensor(&x)?)?)
+            })?;
+        }
+        Ok(())
+    }
+
+    fn attention(&self) -> Result<()> {
+        let name = "attention";
+        for (heads, queries, keys, dim) in
+            [(2, 333, 333, 128), (3, 77, 130, 64), (1, 1, 9, 128), (2, 128, 257, 64)]
+        {
+            let wide = heads * dim;
+            let (a, b) =
+                (self.values(&[2, queries, wide], 1)?, self.values(&[2, keys, 3 * wide], 2)?);
+            // Within the rows of a projection, the keys not to their end.
+            let parts = |a: &Tensor, b: &Tensor| {
+                let split = |t: &Tensor, first: usize| {
+                    let t = t.narrow(2, first, wide)?;
+                    t.reshape((2, t.dim(1)?, heads, dim))?.transpose(1, 2)
+                };
+                let used = keys - keys / 4;
+                let (k, v) = (split(b, wide)?, split(b, 2 * wide)?);
+                candle_core::Result::Ok((
+                    split(a, 0)?,
+                    k.narrow(2, 0, used)?,
+                    v.narrow(2, 0, used)?,
+                ))
+            };
+            let scale = 0.5 / (dim as f64).sqrt();
+            let (q, k, v) = parts(&a, &b)?;
+            let want = nn::attention(&q, &k, &v, scale, &[])?;
+            self.check(name, Within::Weights, &want, |put| {
+                let (q, k, v) = parts(&put.tensor(&a)?, &put.tensor(&b)?)?;
+                let found = super::cudnn::attention(&q, &k, &v, scale)?;
+                found.ok_or_else(|| Error::Invalid("it is not computed".into()))
             })?;
         }
         Ok(())
@@ -317,6 +368,8 @@ impl On<'_> {
     ) -> Result<()> {
         let alike = |expected: f32, found: f32| match within {
             Within::Bits => rounded(expected, self.dtype).to_bits() == found.to_bits(),
+            // A unit of the last place of the largest value, which is 4.
+            Within::Weights => (expected - found).abs() <= 2. * half_unit(4., self.dtype),
             Within::Rounding => {
                 let allowed = half_unit(expected, self.dtype) + 1e-5 * (1. + expected.abs());
                 (expected - found).abs() <= allowed // not if either is no number
