@@ -4,6 +4,9 @@
 //! was seen to compute there what the CPU computes: each does one f32 operation an element and rounds it once,
 //! so the bits must be the same. Shapes cut every path: vectors of 16 bytes and their ragged ends, rows that
 //! begin inside a vector, operands that begin at no multiple of 16 bytes, more rows than a grid has.
+//!
+//! Products are the library's, which sums in an order of its own: they are held to what rounding allows, and to giving
+//! the same bits again.
 
 use candle_core::DType;
 use half::{bf16, f16};
@@ -13,11 +16,11 @@ use crate::{Error, Result, kernels::int8};
 /// The dtypes that kernels exist for.
 const DTYPES: [DType; 3] = [DType::BF16, DType::F16, DType::F32];
 
-/// Runs each kernel on random data of awkward shapes and compares with the CPU, bit for bit.
+/// Runs each kernel, and products, on random data of awkward shapes and compares with the CPU.
 ///
-/// Takes milliseconds, and on cards for which there is no machine code the driver's compilation of PTX, which it
+/// Takes a fraction of a second, and on cards for which there is no machine code the driver's compilation of PTX, which it
 /// keeps. Which results may be kept, and for how long, is the caller's affair: they hold for one card, one
-/// driver and one [`kernel_image`](crate::kernel_image).
+/// driver, one [`kernel_image`](crate::kernel_image) and one [`product_library`](crate::product_library).
 ///
 /// # Errors
 /// [`Error::Kernel`] names the first kernel that computes something else, with its shape, what was expected and
@@ -34,6 +37,11 @@ pub fn self_test(device: &candle_core::CudaDevice) -> Result<()> {
     for (rows, outputs, skipped) in BIASED {
         for dtype in DTYPES {
             on_gpu::add_bias(device, (rows, outputs), skipped, dtype)?;
+        }
+    }
+    for shape in MULTIPLIED {
+        for dtype in [DType::BF16, DType::F16] {
+            on_gpu::product(device, shape, dtype)?;
         }
     }
     Ok(())
@@ -54,6 +62,19 @@ const EXPANDED: [(usize, usize, usize); 8] = [
 /// `(rows, outputs, skipped)` of products that a bias is added to.
 const BIASED: [(usize, usize, usize); 7] =
     [(1, 1, 0), (3, 7, 0), (17, 24, 0), (17, 24, 1), (300, 33, 8), (5, 4096, 0), (66_000, 8, 0)];
+
+/// `(rows, outputs, inputs)` of products.
+const MULTIPLIED: [(usize, usize, usize); 9] = [
+    (1, 64, 96),
+    (1, 64, 8192),
+    (3, 24, 8),
+    (77, 136, 256),
+    (300, 72, 128),
+    (1, 5, 7),
+    (3, 33, 129),
+    (77, 40, 515),
+    (300, 257, 64),
+];
 
 /// Values of both signs between 1/16 and 16, the same for the same seed, rounded to `dtype`.
 fn values(len: usize, seed: u32, dtype: DType) -> Vec<f32> {
@@ -102,6 +123,49 @@ fn biased(y: &mut [f32], bias: &[f32], dtype: DType) {
     }
 }
 
+/// What a product of `x` `[rows, inputs]` and `w` `[outputs, inputs]` is in f64, and how far one in `dtype` may be
+/// from it: half a step of its numbers, twice if it is rounded before the bias comes, and what sums in
+/// f32 lose, in any order and cut instead of rounded.
+fn multiplied(
+    x: &[f32],
+    w: &[f32],
+    bias: Option<&[f32]>,
+    inputs: usize,
+    dtype: DType,
+) -> Vec<(f32, f32)> {
+    let step = if dtype == DType::BF16 { 2f64.powi(-8) } else { 2f64.powi(-11) };
+    let lost = inputs as f64 * 2f64.powi(-22);
+    let mut all = Vec::new();
+    for x in x.chunks_exact(inputs) {
+        for (output, w) in w.chunks_exact(inputs).enumerate() {
+            let (mut sum, mut most) = (0f64, 0f64);
+            for (&x, &w) in x.iter().zip(w) {
+                let product = f64::from(x) * f64::from(w);
+                sum += product;
+                most += product.abs();
+            }
+            let with = sum + bias.map_or(0., |bias| f64::from(bias[output]));
+            let allowed = step * (sum.abs() + with.abs()) + lost * most;
+            all.push((with as f32, allowed as f32));
+        }
+    }
+    all
+}
+
+/// Holds what a product computed to what it should be nearly.
+fn compare_near(
+    kernel: &str,
+    shape: (usize, usize),
+    expected: &[(f32, f32)],
+    found: &[f32],
+) -> Result<()> {
+    let near = |(at, &(expected, allowed)): (usize, &(f32, f32))| {
+        found.get(at).filter(|&found| (found - expected).abs() <= allowed).copied()
+    };
+    let nearest: Vec<f32> = expected.iter().enumerate().map(|e| near(e).unwrap_or(e.1.0)).collect();
+    compare(kernel, shape, &nearest, found)
+}
+
 /// Holds what a kernel computed to what it should have.
 fn compare(kernel: &str, shape: (usize, usize), expected: &[f32], found: &[f32]) -> Result<()> {
     let failed = |at: usize, expected: f32, found: f32| Error::Kernel {
@@ -125,7 +189,7 @@ fn compare(kernel: &str, shape: (usize, usize), expected: &[f32], found: &[f32])
 mod on_gpu {
     use candle_core::{CudaDevice, DType, Device, Tensor};
 
-    use super::{biased, codes, compare, expanded, values};
+    use super::{biased, codes, compare, compare_near, expanded, multiplied, values};
     use crate::{Error, Result, formats::int8::Decode, kernels::cuda};
 
     pub(super) fn expand(
@@ -172,6 +236,47 @@ mod on_gpu {
         let found = run().map_err(|error| not_run(&kernel, shape, error))?;
         biased(&mut all[skipped..skipped + len], &bias, dtype);
         compare(&kernel, shape, &all, &found)
+    }
+
+    pub(super) fn product(
+        device: &CudaDevice,
+        (rows, outputs, inputs): (usize, usize, usize),
+        dtype: DType,
+    ) -> Result<()> {
+        let x = values(rows * inputs, 17, dtype);
+        let w = values(outputs * inputs, 19, dtype);
+        let bias = values(outputs, 23, dtype);
+        // They begin at a multiple of 16 bytes, or not.
+        let place = |values: &[f32], skipped: usize, shape: &[usize]| {
+            let all = [&vec![0.; skipped], values].concat();
+            on(device, &all, dtype)?.narrow(0, skipped, values.len())?.reshape(shape)
+        };
+        for biased in [false, true] {
+            let kernel = cuda::product_name(dtype, biased)?;
+            let run = |skipped| {
+                let bias = place(&bias, skipped, &[outputs])?;
+                let (x, w) =
+                    (place(&x, skipped, &[rows, inputs])?, place(&w, skipped, &[outputs, inputs])?);
+                let y = cuda::product(&x, &w, biased.then_some(&bias))?;
+                y.as_ref().map(back).transpose()
+            };
+            let shape = (rows, outputs);
+            let run = |skipped| run(skipped).map_err(|error| not_run(&kernel, shape, error));
+            let Some(found) = run(0)? else {
+                // Shapes that nothing is offered for go another way; every library has something for these.
+                if rows > 1 && outputs % 8 == 0 && inputs % 8 == 0 {
+                    let error = candle_core::Error::msg("cublasLt offers no algorithm");
+                    return Err(not_run(&kernel, shape, error));
+                }
+                continue;
+            };
+            let expected = multiplied(&x, &w, biased.then_some(&bias), inputs, dtype);
+            compare_near(&kernel, shape, &expected, &found)?;
+            for skipped in [0, 1] {
+                compare(&kernel, shape, &found, &run(skipped)?.unwrap_or_default())?;
+            }
+        }
+        Ok(())
     }
 
     /// `values` in `dtype` on the GPU. They are converted on the CPU, so that no kernel but the tested one runs.
@@ -231,6 +336,42 @@ mod tests {
             |of: &dyn Fn(usize, usize, usize) -> bool| BIASED.iter().any(|&(r, o, s)| of(r, o, s));
         assert!(any(&|_, o, s| o % 8 == 0 && s == 0) && any(&|_, o, _| o % 4 != 0));
         assert!(any(&|_, o, s| o % 8 == 0 && s % 4 != 0) && any(&|r, _, _| r > 65_535));
+        // Products: rows of 16 bytes and others, one row, and so few outputs for so many inputs that sums are divided.
+        let any = |of: &dyn Fn(usize, usize, usize) -> bool| {
+            MULTIPLIED.iter().any(|&(r, o, i)| of(r, o, i))
+        };
+        for rows in [1, 3, 77, 300] {
+            assert!(any(&|r, o, i| r == rows && o % 8 == 0 && i % 8 == 0));
+            assert!(any(&|r, o, i| r == rows && (o % 8 != 0 || i % 8 != 0)));
+        }
+        assert!(any(&|r, o, i| r * o * 100 < i));
+    }
+
+    #[test]
+    fn products_are_held_to_rounding_alone() {
+        for dtype in [DType::BF16, DType::F16] {
+            let (x, w, bias) = (values(3 * 515, 17, dtype), values(5 * 515, 19, dtype), [2.; 5]);
+            let expected = multiplied(&x, &w, Some(&bias), 515, dtype);
+            // Summed in f32, from the other end.
+            let mut found = Vec::new();
+            for x in x.chunks_exact(515) {
+                for (w, bias) in w.chunks_exact(515).zip(bias) {
+                    let products = x.iter().zip(w).rev().map(|(x, w)| x * w);
+                    found.push(products.sum::<f32>() + bias);
+                }
+            }
+            round(&mut found, dtype);
+            compare_near("p", (3, 5), &expected, &found).unwrap();
+            // Without the bias, of other rows, or not a number it is something else.
+            for wrong in [found[7] - 2., found[2], f32::NAN] {
+                let mut other = found.clone();
+                other[7] = wrong;
+                let far = compare_near("p", (3, 5), &expected, &other);
+                let small = dtype == DType::BF16 && wrong == found[7] - 2.;
+                assert!(far.is_err() || small, "{dtype:?} {wrong}");
+            }
+            assert!(compare_near("p", (3, 5), &expected, &found[1..]).is_err());
+        }
     }
 
     #[test]

@@ -179,18 +179,60 @@ fn cuda_products_are_close_to_f64() -> Result<(), Any> {
 }
 
 #[test]
-fn cuda_bias_equals_a_broadcast_addition() -> Result<(), Any> {
+fn cuda_bias_is_added_to_every_row() -> Result<(), Any> {
     let dev = gpu();
     for (rows, outputs, inputs) in SHAPES.into_iter().chain([(70_000, 8, 3), (70_000, 3, 1)]) {
         for dtype in DTYPES {
-            let x = rand(&[rows, inputs], dtype).to_device(&dev)?;
-            let (weight, bias) = (rand(&[outputs, inputs], dtype), rand(&[outputs], dtype));
+            let (x, weight) = (rand(&[rows, inputs], dtype), rand(&[outputs, inputs], dtype));
+            // So large that a product without it would be seen.
+            let bias = (rand(&[outputs], DType::F32) * 100.)?.to_dtype(dtype)?;
             let tensors = [("weight", &weight), ("bias", &bias)];
             let open = |bias| layer(&tensors, (outputs, inputs), bias, dtype, &dev);
-            let with = open(Bias::Yes)?.forward(&x)?;
-            let without = open(Bias::No)?.forward(&x)?;
-            let expected = without.broadcast_add(&bias.to_device(&dev)?)?;
-            assert_eq!(bits(&with), bits(&expected), "{rows} rows of {outputs}, {dtype:?}");
+            let on_gpu = x.to_device(&dev)?;
+            let with = open(Bias::Yes)?.forward(&on_gpu)?;
+            let what = format!("{rows} rows of {outputs}, {dtype:?}");
+            if dtype == DType::F32 {
+                let without = open(Bias::No)?.forward(&on_gpu)?;
+                let expected = without.broadcast_add(&bias.to_device(&dev)?)?;
+                assert_eq!(bits(&with), bits(&expected), "{what}");
+            }
+            let most = magnitude(&x, &weight, &bias);
+            assert_close(&with, &reference(&x, &weight, &bias), &most, dtype, &what);
+        }
+    }
+    Ok(())
+}
+
+/// `tensor` on the device, `skipped` values behind where an allocation begins.
+fn placed(tensor: &Tensor, skipped: usize, dev: &Device) -> Result<Tensor, Any> {
+    let before = Tensor::ones(skipped, tensor.dtype(), &Device::Cpu)?;
+    let all = Tensor::cat(&[&before, &tensor.flatten_all()?], 0)?.to_device(dev)?;
+    Ok(all.narrow(0, skipped, tensor.elem_count())?.reshape(tensor.shape())?)
+}
+
+#[test]
+fn cuda_products_have_the_same_bits_wherever_operands_lie() -> Result<(), Any> {
+    let dev = gpu();
+    let large = [(77, 3072, 768), (512, 64, 3072), (1, 256, 8192), (4, 1000, 4096)];
+    for (rows, outputs, inputs) in SHAPES.into_iter().chain(large) {
+        for dtype in [DType::BF16, DType::F16] {
+            let (x, bias) = (rand(&[rows, inputs], dtype), rand(&[outputs], dtype));
+            let weight = rand(&[outputs, inputs], dtype);
+            for with in [Bias::Yes, Bias::No] {
+                let run = |skipped| -> Result<Vec<u32>, Any> {
+                    let (w, b) = (placed(&weight, skipped, &dev)?, placed(&bias, skipped, &dev)?);
+                    let tensors = [("weight", &w), ("bias", &b)];
+                    let layer = layer(&tensors, (outputs, inputs), with, dtype, &dev)?;
+                    Ok(bits(&layer.forward(&placed(&x, skipped, &dev)?)?))
+                };
+                let first = run(0)?;
+                // Again; 256 bytes further, as weights in slots lie; and where no vector begins.
+                for skipped in [0, 128, 8, 1] {
+                    let what =
+                        format!("{rows}, [{outputs}, {inputs}] {dtype:?} {with:?} {skipped}");
+                    assert_eq!(run(skipped)?, first, "{what}");
+                }
+            }
         }
     }
     Ok(())

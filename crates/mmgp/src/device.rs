@@ -112,8 +112,10 @@ fn cuda(ordinal: usize, gpu: &GpuUse) -> mmgp_residency::Result<Opened> {
     if let Device::Cuda(device) = cuda.candle() {
         use mmgp_models::nn::cuda as nn;
         let driver = driver.as_deref();
-        self_test(&card, driver, mmgp_quant::kernel_image(), || mmgp_quant::self_test(device))?;
-        match self_test(&card, driver, nn::kernel_image(), || nn::self_test(device)) {
+        let library = mmgp_quant::product_library().to_le_bytes();
+        let tested = [mmgp_quant::kernel_image(), &library];
+        self_test(&card, driver, &tested, || mmgp_quant::self_test(device))?;
+        match self_test(&card, driver, &[nn::kernel_image()], || nn::self_test(device)) {
             Ok(()) => nn::enable(device),
             // A kernel that broke the context leaves nothing to compute with.
             Err(error) if cuda.candle().synchronize().is_err() => return Err(error.into()),
@@ -147,12 +149,12 @@ fn cuda(ordinal: usize, gpu: &GpuUse) -> mmgp_residency::Result<Opened> {
     Ok(Opened { pager: Pager::over(cuda)?, machine })
 }
 
-/// Tests the kernels of `image` on the card, once for this card, driver and build.
+/// Tests what computes on the card, once for this card, driver and build: kernels, and versions of libraries.
 #[cfg(feature = "cuda")]
 fn self_test(
     card: &str,
     driver: Option<&str>,
-    image: &[u8],
+    kernels: &[&[u8]],
     test: impl FnOnce() -> Result<(), mmgp_quant::Error>,
 ) -> Result<(), mmgp_quant::Error> {
     use crate::{Store, notes::Notes, tested};
@@ -160,7 +162,7 @@ fn self_test(
         card: card.into(),
         driver: driver.into(),
         version: env!("CARGO_PKG_VERSION").into(),
-        kernels: blake3::hash(image).to_hex().to_string(),
+        kernels: blake3::hash(&kernels.concat()).to_hex().to_string(),
     });
     let notes = Store::of_user().map(|store| Notes::at(store.folder().join("self-test")));
     tested::once(notes.as_ref(), subject.as_ref(), || {

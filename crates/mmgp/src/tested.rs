@@ -17,7 +17,7 @@ pub(crate) struct Subject {
     pub(crate) driver: String,
     /// This crate's version.
     pub(crate) version: String,
-    /// The hash of the kernels' binary image.
+    /// The hash of the kernels' binary image, and of versions of libraries that were tested with them.
     pub(crate) kernels: String,
 }
 

@@ -53,7 +53,7 @@ impl QuantTensor for DenseWeight {
         match (x.device().is_cpu(), bias) {
             (true, Some(bias)) => x.apply_op3_no_bwd(&self.0, bias, &Product),
             (true, None) => x.apply_op2_no_bwd(&self.0, &Product),
-            (false, _) => with_bias(x.matmul(&self.0.t()?)?, bias),
+            (false, _) => product_on_device(x, &self.0, bias),
         }
     }
 
@@ -62,16 +62,30 @@ impl QuantTensor for DenseWeight {
     }
 }
 
-/// A fresh product `[rows, outputs]` with its bias, by any device but the CPU: in place where there is
-/// a kernel for that, because the library's own addition takes longer than the product.
-pub(crate) fn with_bias(y: Tensor, bias: Option<&Tensor>) -> candle_core::Result<Tensor> {
-    let Some(bias) = bias else { return Ok(y) };
+/// `x · wᵀ (+ bias)` by any device but the CPU, `x` `[rows, inputs]` and `w` `[outputs, inputs]` contiguous.
+pub(crate) fn product_on_device(
+    x: &Tensor,
+    w: &Tensor,
+    bias: Option<&Tensor>,
+) -> candle_core::Result<Tensor> {
     #[cfg(feature = "cuda")]
-    if y.device().is_cuda() {
-        y.inplace_op2(bias, &crate::kernels::cuda::AddBias)?;
+    if x.device().is_cuda() {
+        use crate::kernels::cuda::{AddBias, product};
+        if let Some(y) = product(x, w, bias)? {
+            return Ok(y);
+        }
+        let y = x.matmul(&w.t()?)?;
+        // In place, because the library's own addition takes longer than the product.
+        if let Some(bias) = bias {
+            y.inplace_op2(bias, &AddBias)?;
+        }
         return Ok(y);
     }
-    y.broadcast_add(bias)
+    let y = x.matmul(&w.t()?)?;
+    match bias {
+        Some(bias) => y.broadcast_add(bias),
+        None => Ok(y),
+    }
 }
 
 /// `x · Wᵀ (+ bias)` on the CPU, as a custom operation because only those see storages.

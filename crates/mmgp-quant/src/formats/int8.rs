@@ -13,7 +13,7 @@ use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Layout, Shape, Tensor
 use half::{bf16, f16};
 use mmgp_io::Dtype;
 
-use super::dense::{product, slice, with_bias};
+use super::dense::{product, product_on_device, slice};
 use crate::{
     Error, Form, Format, Part, QuantTensor, Result, Weights,
     kernels::{
@@ -91,7 +91,7 @@ impl QuantTensor for Int8Weight {
 
     fn product(&self, x: &Tensor, bias: Option<&Tensor>) -> candle_core::Result<Tensor> {
         if !x.device().is_cpu() {
-            return with_bias(x.matmul(&self.expanded(x.dtype())?.t()?)?, bias);
+            return product_on_device(x, &self.expanded(x.dtype())?, bias);
         }
         let y =
             x.apply_op3_no_bwd(&self.codes, &self.scales, &Product { rounded: self.rounded })?;

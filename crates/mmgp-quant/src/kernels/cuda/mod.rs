@@ -1,10 +1,12 @@
-//! The kernels of NVIDIA GPUs: int8 weights expanded to a floating-point dtype, biases added in place.
+//! The kernels of NVIDIA GPUs: int8 weights expanded to a floating-point dtype, biases added in place; and
+//! products by cublasLt (`product.rs`).
 //!
-//! They are compiled ahead (`build.rs`) and loaded once per CUDA context, at the first use. Launches
+//! Kernels are compiled ahead (`build.rs`) and loaded once per CUDA context, at the first use. Launches
 //! are queued on candle's stream and never synchronize the host. Lengths and dtypes are checked here,
 //! since weights that are not leased hold an empty storage of another dtype.
 
 mod image;
+mod product;
 
 use candle_core::{
     CpuStorage, CudaStorage, DType, InplaceOp2, Layout, Result, Shape,
@@ -17,7 +19,8 @@ use candle_core::{
 };
 use half::{bf16, f16};
 
-pub use self::image::KernelImage;
+pub(crate) use self::product::product;
+pub use self::{image::KernelImage, product::product_library};
 
 /// Machine code and PTX of `int8.cu`.
 static KERNELS: KernelImage =
@@ -66,6 +69,11 @@ pub(crate) fn expand_name(scale: DType, to: DType) -> Result<String> {
 /// The kernel that adds biases.
 pub(crate) fn add_bias_name(dtype: DType) -> Result<String> {
     Ok(format!("add_bias_{}", short(dtype)?))
+}
+
+/// What a product is called in errors.
+pub(crate) fn product_name(dtype: DType, biased: bool) -> Result<String> {
+    Ok(format!("product_{}{}", short(dtype)?, if biased { "_bias" } else { "" }))
 }
 
 /// What `layout` shows of a storage that must be contiguous and hold `T`.

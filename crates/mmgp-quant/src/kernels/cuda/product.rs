@@ -1,0 +1,460 @@
+//! `x · Wᵀ (+ bias)` in bf16 and f16 by one call of cublasLt, summed in f32 and rounded once.
+//!
+//! The same shape gets the same algorithm, hence the same bits, on one card with one library: algorithms are
+//! asked for by shape, dtype and presence of a bias alone, never by address or free memory, and none is
+//! taken that adds up parts in an order of chance or in less than f32. That holds because operands always begin
+//! at multiples of 16 bytes: those that do not are copied. Calls are queued on candle's stream and
+//! never synchronize the host.
+//!
+//! The library thinks in columns: a row-major `[rows, columns]` tensor is to it a matrix of `columns` rows. So `W`
+//! comes first and transposed, `x` second as it is, and what comes out has a row for each output, which is
+//! how the library wants biases too.
+
+use std::{
+    collections::{HashMap, hash_map::Entry},
+    sync::{Arc, LazyLock},
+};
+
+use candle_core::{
+    CudaDevice, CudaStorage, DType, Device, Error, Layout, Result, Storage, Tensor,
+    backend::BackendStorage,
+    bail,
+    cuda_backend::{
+        CudaDType, WrapErr,
+        cudarc::{
+            cublas::sys::cublasOperation_t,
+            cublaslt::{
+                result::{self, CublasError},
+                sys,
+            },
+            driver::{
+                CudaContext, CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr,
+                SyncOnDrop,
+                sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR as MAJOR,
+            },
+        },
+    },
+    op::BackpropOp,
+};
+use half::{bf16, f16};
+use parking_lot::Mutex;
+
+/// Operands begin at multiples of so many bytes: a vector of the kernels, and the least that all fast ones want.
+const ALIGNED: u32 = 16;
+
+/// `x · wᵀ (+ bias)` as a fresh `[rows, outputs]`: `x` `[rows, inputs]`, `w` `[outputs, inputs]` and `bias`
+/// `[outputs]` are contiguous, of one dtype and on one device. `None` for other dtypes than bf16 and f16, for empty
+/// tensors and for shapes that the library offers nothing for.
+pub(crate) fn product(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Option<Tensor>> {
+    match x.dtype() {
+        DType::BF16 => product_of::<bf16>(x, w, bias),
+        DType::F16 => product_of::<f16>(x, w, bias),
+        _ => Ok(None),
+    }
+}
+
+/// The library's version, upon which the bits of products depend.
+pub fn product_library() -> usize {
+    // SAFETY: it only returns a number.
+    unsafe { sys::cublasLtGetVersion() }
+}
+
+/// A number of 16 bits.
+trait Half: CudaDType + DeviceRepr + 'static {
+    const TYPE: sys::cudaDataType;
+}
+
+impl Half for bf16 {
+    const TYPE: sys::cudaDataType = sys::cudaDataType::CUDA_R_16BF;
+}
+
+impl Half for f16 {
+    const TYPE: sys::cudaDataType = sys::cudaDataType::CUDA_R_16F;
+}
+
+fn product_of<T: Half>(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Option<Tensor>> {
+    let ((rows, inputs), (outputs, width)) = (x.dims2()?, w.dims2()?);
+    if width != inputs || bias.is_some_and(|bias| bias.dims() != [outputs]) {
+        bail!(
+            "linear: input {:?}, weight {:?}, bias {:?}",
+            x.dims(),
+            w.dims(),
+            bias.map(Tensor::dims)
+        );
+    }
+    let Device::Cuda(device) = x.device() else {
+        bail!("linear: a product of the GPU was given a tensor of another device");
+    };
+    let Some(len) = rows.checked_mul(outputs).filter(|&len| len > 0 && inputs > 0) else {
+        return Ok(None);
+    };
+    let (x, w) = (aligned::<T>(x, device)?, aligned::<T>(w, device)?);
+    let bias = bias.map(|bias| aligned::<T>(bias, device)).transpose()?;
+    let shape = Shape { rows, outputs, inputs, dtype: T::TYPE, bias: bias.is_some() };
+    // SAFETY: `T` is plain numbers, and the product below writes all `len` of them; without it they are dropped.
+    let mut out = unsafe { device.alloc::<T>(len)? };
+    {
+        let stream = device.cuda_stream();
+        // All stay locked until the product is queued.
+        let (x, w) = (x.storage_and_layout(), w.storage_and_layout());
+        let bias = bias.as_ref().map(Tensor::storage_and_layout);
+        let (x, _x) = address::<T>(&x.0, x.1, &stream)?;
+        let (w, _w) = address::<T>(&w.0, w.1, &stream)?;
+        let (bias, _bias) = match &bias {
+            Some(bias) => Some(address::<T>(&bias.0, bias.1, &stream)?).unzip(),
+            None => (None, None),
+        };
+        let (y, _y) = out.device_ptr_mut(&stream);
+        // SAFETY: `address` held the operands to their memory, and their shapes are those of `shape`, as is `y`'s
+        // length. All lie on `stream`'s device, are ordered by it, and `y` overlaps nothing.
+        if !unsafe { run(device, &stream, shape, &Addresses { x, w, bias, y })? } {
+            return Ok(None);
+        }
+    }
+    let storage = Storage::Cuda(CudaStorage::wrap_cuda_slice(out, device.clone()));
+    Ok(Some(Tensor::from_storage(storage, (rows, outputs), BackpropOp::none(), false)))
+}
+
+/// `tensor`, or a copy of it where it does not begin as operands must.
+fn aligned<T: Half>(tensor: &Tensor, device: &CudaDevice) -> Result<Tensor> {
+    let begins = {
+        let (storage, layout) = tensor.storage_and_layout();
+        address::<T>(&storage, layout, &device.cuda_stream())?.0
+    };
+    if is_aligned(begins) { Ok(tensor.clone()) } else { tensor.force_contiguous() }
+}
+
+fn is_aligned(address: u64) -> bool {
+    address % u64::from(ALIGNED) == 0
+}
+
+/// Where the values that a contiguous `layout` shows of `storage` begin, held to the memory that it has.
+fn address<'a, T: Half>(
+    storage: &'a Storage,
+    layout: &Layout,
+    stream: &'a CudaStream,
+) -> Result<(u64, SyncOnDrop<'a>)> {
+    let Storage::Cuda(storage) = storage else {
+        bail!("linear: a product of the GPU was given a tensor of another device");
+    };
+    if *storage.device().cuda_stream() != *stream {
+        bail!("linear: operands of several devices");
+    }
+    let values: &CudaSlice<T> = storage.as_cuda_slice()?; // unbound memory is of another dtype
+    let Some((first, _)) = layout.contiguous_offsets().filter(|&(_, end)| end <= values.len())
+    else {
+        bail!("linear: an operand is not contiguous or not bound");
+    };
+    let (address, sync) = values.device_ptr(stream);
+    Ok((address + (first * size_of::<T>()) as u64, sync))
+}
+
+/// All that an algorithm is chosen by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Shape {
+    rows: usize,
+    outputs: usize,
+    inputs: usize,
+    dtype: sys::cudaDataType,
+    bias: bool,
+}
+
+impl Shape {
+    fn error(&self, what: &str, error: CublasError) -> Error {
+        let Self { rows, outputs, inputs, dtype, bias } = self;
+        Error::msg(format!(
+            "cublasLt: {what} a product of [{rows}, {inputs}] and [{outputs}, {inputs}] in {dtype:?}{}: {:?}",
+            if *bias { " with a bias" } else { "" },
+            error.0
+        ))
+    }
+}
+
+/// Where the operands of a product lie on the GPU.
+struct Addresses {
+    x: u64,
+    w: u64,
+    bias: Option<u64>,
+    y: u64,
+}
+
+/// Queues a product, where the library offers one for `shape`: else `false`.
+///
+/// # Safety
+/// `x` has `rows · inputs` values of the shape's dtype, `w` `outputs · inputs`, the bias, which is there if the
+/// shape says so, `outputs`, and `y`, which nobody else uses, `rows · outputs`. All are ordered by `stream`,
+/// which is `device`'s.
+unsafe fn run(
+    device: &CudaDevice,
+    stream: &CudaStream,
+    shape: Shape,
+    at: &Addresses,
+) -> Result<bool> {
+    if ![at.x, at.w, at.y].into_iter().chain(at.bias).all(is_aligned) {
+        bail!("linear: an operand does not begin at a multiple of {ALIGNED} bytes");
+    }
+    let context = stream.context();
+    context.bind_to_thread().w()?;
+    let mut all = LIBRARIES.lock();
+    let library = match all.entry(context.cu_ctx() as usize) {
+        Entry::Occupied(entry) => entry.into_mut(),
+        Entry::Vacant(entry) => entry.insert(Library::new(context)?),
+    };
+    let handle = library.handle;
+    let Some(plan) = library.plan(shape)? else { return Ok(false) };
+    let failed = |error| shape.error("could not start", error);
+    if let Some(bias) = at.bias {
+        plan.operation.set_bias(bias).map_err(failed)?;
+    }
+    // It goes back in the order of the stream, so behind the product.
+    let mut workspace = match plan.workspace {
+        0 => None,
+        // SAFETY: bytes that the product writes before it reads them.
+        bytes => Some(unsafe { device.alloc::<u8>(bytes)? }),
+    };
+    let (workspace, _workspace) = workspace.as_mut().map(|w| w.device_ptr_mut(stream)).unzip();
+    let (alpha, beta) = (1f32, 0f32);
+    // SAFETY: handle, descriptors and algorithm belong together and live as long as the process; the
+    // factors are f32 on the host, as `Operation::new` says. The caller vouches for the operands, whose sizes are those
+    // of the descriptors, and the workspace is as large as the algorithm wants it. With a factor of 0 the third
+    // operand is not read.
+    unsafe {
+        result::matmul(
+            handle,
+            plan.operation.0,
+            (&raw const alpha).cast(),
+            (&raw const beta).cast(),
+            at.w as *const _,
+            plan.w.0,
+            at.x as *const _,
+            plan.x.0,
+            at.y as *const _,
+            plan.y.0,
+            at.y as *mut _,
+            plan.y.0,
+            &raw const plan.algorithm,
+            workspace.unwrap_or(0) as *mut _,
+            plan.workspace,
+            stream.cu_stream().cast(),
+        )
+    }
+    .map_err(failed)?;
+    Ok(true)
+}
+
+/// The library by CUDA context, for the life of the process; each holds its context, so that an address never comes to
+/// mean another one.
+static LIBRARIES: LazyLock<Mutex<HashMap<usize, Library>>> = LazyLock::new(Mutex::default);
+
+struct Library {
+    handle: sys::cublasLtHandle_t,
+    /// The most bytes that a product may have beside its operands.
+    most: usize,
+    /// `None` for what nothing is offered for.
+    plans: HashMap<Shape, Option<Plan>>,
+    _context: Arc<CudaContext>,
+}
+
+// SAFETY: the handle and the descriptors belong to no thread; they are used under the lock of `LIBRARIES` alone.
+unsafe impl Send for Library {}
+
+impl Library {
+    /// The library for the context, which is the thread's current one.
+    fn new(context: &Arc<CudaContext>) -> Result<Self> {
+        let handle = result::create_handle()
+            .map_err(|error| Error::msg(format!("cublasLt does not start: {:?}", error.0)))?;
+        // What NVIDIA advises for cuBLAS by architecture. It is fixed, since it decides which algorithms there are.
+        let most = if context.attribute(MAJOR).w()? >= 9 { 32 << 20 } else { 4 << 20 };
+        Ok(Self { handle, most, plans: HashMap::new(), _context: context.clone() })
+    }
+
+    /// The plan for a shape, made when it is first asked for.
+    fn plan(&mut self, shape: Shape) -> Result<Option<&Plan>> {
+        let plan = match self.plans.entry(shape) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => {
+                let plan = Plan::new(self.handle, shape, self.most);
+                entry.insert(plan.map_err(|error| shape.error("could not plan", error))?)
+            }
+        };
+        Ok(plan.as_ref())
+    }
+}
+
+/// What the library answers.
+type Answer<T> = std::result::Result<T, CublasError>;
+
+/// How products of one shape are computed.
+struct Plan {
+    operation: Operation,
+    w: Matrix,
+    x: Matrix,
+    y: Matrix,
+    algorithm: sys::cublasLtMatmulAlgo_t,
+    /// The bytes that the algorithm wants beside the operands.
+    workspace: usize,
+}
+
+impl Plan {
+    fn new(handle: sys::cublasLtHandle_t, shape: Shape, most: usize) -> Answer<Option<Self>> {
+        use sys::cublasStatus_t::{CUBLAS_STATUS_INVALID_VALUE, CUBLAS_STATUS_NOT_SUPPORTED};
+        let Shape { rows, outputs, inputs, dtype, bias } = shape;
+        let operation = Operation::new(bias)?;
+        let w = Matrix::new(dtype, inputs, outputs)?;
+        let x = Matrix::new(dtype, inputs, rows)?;
+        let y = Matrix::new(dtype, outputs, rows)?;
+        let preference = Preference::new(most)?;
+        // SAFETY: the handle and the descriptors are alive. No operand is looked at.
+        let offered = unsafe {
+            result::get_matmul_algo_heuristic(handle, operation.0, w.0, x.0, y.0, y.0, preference.0)
+        };
+        let first = match offered {
+            Ok(first) => first,
+            Err(CublasError(CUBLAS_STATUS_NOT_SUPPORTED | CUBLAS_STATUS_INVALID_VALUE)) => {
+                return Ok(None);
+            }
+            Err(error) => return Err(error),
+        };
+        if first.workspaceSize > most || reduction(&first.algo)? & !REDUCTIONS != 0 {
+            return Ok(None);
+        }
+        let (algorithm, workspace) = (first.algo, first.workspaceSize);
+        Ok(Some(Self { operation, w, x, y, algorithm, workspace }))
+    }
+}
+
+/// How parts of a sum may be put together, beside not dividing it: in f32, in a step of its own. The
+/// others take turns in the output, or round the parts.
+const REDUCTIONS: u32 =
+    sys::cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE as u32;
+
+/// How the algorithm puts parts of a sum together.
+fn reduction(algorithm: &sys::cublasLtMatmulAlgo_t) -> Answer<u32> {
+    use sys::cublasLtMatmulAlgoConfigAttributes_t::CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME;
+    let (mut scheme, mut written) = (0u32, 0);
+    // SAFETY: the library writes the attribute, which is a `u32`, and how many bytes that were.
+    let status = unsafe {
+        sys::cublasLtMatmulAlgoConfigGetAttribute(
+            algorithm,
+            CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME,
+            (&raw mut scheme).cast(),
+            size_of_val(&scheme),
+            &raw mut written,
+        )
+    };
+    status.result()?;
+    Ok(scheme)
+}
+
+/// What is computed of two matrices.
+struct Operation(sys::cublasLtMatmulDesc_t);
+
+impl Operation {
+    fn new(bias: bool) -> Answer<Self> {
+        use sys::{
+            cublasComputeType_t::CUBLAS_COMPUTE_32F,
+            cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS,
+            cublasLtMatmulDescAttributes_t::{
+                CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_MATMUL_DESC_TRANSA,
+            },
+            cudaDataType::CUDA_R_32F,
+        };
+        let new = Self(result::create_matmul_desc(CUBLAS_COMPUTE_32F, CUDA_R_32F)?);
+        new.set(CUBLASLT_MATMUL_DESC_TRANSA, cublasOperation_t::CUBLAS_OP_T as i32)?;
+        if bias {
+            new.set(CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_EPILOGUE_BIAS as u32)?;
+            // Planning never reads a bias, but looks at how its address is aligned: as badly as any may be.
+            new.set_bias(u64::from(ALIGNED))?;
+        }
+        Ok(new)
+    }
+
+    fn set_bias(&self, address: u64) -> Answer<()> {
+        use sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER;
+        self.set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, address)
+    }
+
+    fn set<V: Copy>(&self, attribute: sys::cublasLtMatmulDescAttributes_t, value: V) -> Answer<()> {
+        // SAFETY: the descriptor is alive, and as many bytes are read as the value has: the library refuses
+        // another size than the attribute's.
+        unsafe {
+            result::set_matmul_desc_attribute(
+                self.0,
+                attribute,
+                (&raw const value).cast(),
+                size_of::<V>(),
+            )
+        }
+    }
+}
+
+impl Drop for Operation {
+    fn drop(&mut self) {
+        // SAFETY: it is this value's alone.
+        let _ = unsafe { result::destroy_matmul_desc(self.0) };
+    }
+}
+
+/// How a matrix lies in memory, one column behind another.
+struct Matrix(sys::cublasLtMatrixLayout_t);
+
+impl Matrix {
+    fn new(dtype: sys::cudaDataType, rows: usize, columns: usize) -> Answer<Self> {
+        // Tensors have less than 2^63 bytes, so no length is cut.
+        result::create_matrix_layout(dtype, rows as u64, columns as u64, rows as i64).map(Self)
+    }
+}
+
+impl Drop for Matrix {
+    fn drop(&mut self) {
+        // SAFETY: it is this value's alone.
+        let _ = unsafe { result::destroy_matrix_layout(self.0) };
+    }
+}
+
+/// Which algorithms are asked for.
+struct Preference(sys::cublasLtMatmulPreference_t);
+
+impl Preference {
+    fn new(most: usize) -> Answer<Self> {
+        use sys::cublasLtMatmulPreferenceAttributes_t::{
+            CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES as MAX_WORKSPACE,
+            CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES as ALIGNMENT_A,
+            CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES as ALIGNMENT_B,
+            CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES as ALIGNMENT_C,
+            CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES as ALIGNMENT_D,
+            CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK as REDUCTION_MASK,
+        };
+        let new = Self(result::create_matmul_pref()?);
+        new.set(MAX_WORKSPACE, most as u64)?;
+        new.set(REDUCTION_MASK, REDUCTIONS)?;
+        for operand in [ALIGNMENT_A, ALIGNMENT_B, ALIGNMENT_C, ALIGNMENT_D] {
+            new.set(operand, ALIGNED)?;
+        }
+        Ok(new)
+    }
+
+    fn set<V: Copy>(
+        &self,
+        attribute: sys::cublasLtMatmulPreferenceAttributes_t,
+        value: V,
+    ) -> Answer<()> {
+        // SAFETY: the descriptor is alive, and as many bytes are read as the value has: the library refuses
+        // another size than the attribute's.
+        unsafe {
+            result::set_matmul_pref_attribute(
+                self.0,
+                attribute,
+                (&raw const value).cast(),
+                size_of::<V>(),
+            )
+        }
+    }
+}
+
+impl Drop for Preference {
+    fn drop(&mut self) {
+        // SAFETY: it is this value's alone.
+        let _ = unsafe { result::destroy_matmul_pref(self.0) };
+    }
+}
