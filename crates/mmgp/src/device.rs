@@ -128,7 +128,7 @@ fn cuda(ordinal: usize, gpu: &GpuUse) -> mmgp_residency::Result<Opened> {
         match nn::cudnn_version() {
             Ok(version) if nn::enabled(device) => {
                 let subject = format!("cuDNN {version}");
-                match self_test(&card, driver, subject.as_bytes(), || {
+                match self_test(&card, driver, &[subject.as_bytes()], || {
                     nn::self_test_attention(device)
                 }) {
                     Ok(()) => nn::enable_cudnn(device),
