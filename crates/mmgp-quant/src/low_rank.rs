@@ -12,7 +12,7 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 
 use crate::{
-    formats::dense::slice,
+    formats::dense::{product_on_device, slice},
     kernels::cpu::{Rows, product_nt},
 };
 
@@ -74,7 +74,7 @@ pub fn add_low_rank(
     add_by_products(x, y, a, scales, &bands)
 }
 
-/// By the tensor library's own products, on any device.
+/// By products of libraries, on any device.
 fn add_by_products(
     x: &Tensor,
     y: Tensor,
@@ -82,15 +82,34 @@ fn add_by_products(
     scales: &[f32],
     bands: &[(&Band<'_>, Range<usize>)],
 ) -> candle_core::Result<Tensor> {
-    let scales = Tensor::new(scales, x.device())?.to_dtype(x.dtype())?;
-    let t = x.matmul(&cast(a, x.dtype())?.t()?)?.broadcast_mul(&scales)?;
-    for (band, columns) in bands {
-        let t = t.narrow(1, columns.start, columns.len())?.contiguous()?;
-        let part = y.narrow(1, band.row, band.b.dim(0)?)?;
+    let mut t = product_on_device(x, &cast(a, x.dtype())?, None)?;
+    // Where each band has one scale that goes into its product; only else are scales copied to the device.
+    let single = |(_, columns): &(_, Range<usize>)| single(&scales[columns.clone()]);
+    let each: Option<Vec<f32>> = bands.iter().map(single).collect();
+    if each.is_none() {
+        t = t.broadcast_mul(&Tensor::new(scales, x.device())?.to_dtype(x.dtype())?)?;
+    }
+    for (at, (band, columns)) in bands.iter().enumerate() {
+        let scale = each.as_ref().map_or(1., |each| each[at]);
         let b = cast(band.b, x.dtype())?;
+        #[cfg(feature = "cuda")]
+        if y.device().is_cuda()
+            && crate::kernels::cuda::add_product((&t, columns.start), &b, scale, (&y, band.row))?
+        {
+            continue;
+        }
+        let t = t.narrow(1, columns.start, columns.len())?.contiguous()?;
+        let t = t.affine(f64::from(scale), 0.)?;
+        let part = y.narrow(1, band.row, band.b.dim(0)?)?;
         y.slice_set(&(part + t.matmul(&b.t()?)?)?.contiguous()?, 1, band.row)?;
     }
     Ok(y)
+}
+
+/// The scale, if it is the same for all ranks.
+fn single(scales: &[f32]) -> Option<f32> {
+    let first = *scales.first()?;
+    scales.iter().all(|&scale| scale == first).then_some(first)
 }
 
 /// An adapter's weight, which lies as it was stored, in the dtype that is computed in.
@@ -100,7 +119,7 @@ fn cast(weight: &Tensor, dtype: DType) -> candle_core::Result<Tensor> {
     if stored != weight.dtype() {
         candle_core::bail!("low rank: an adapter's weight is not leased");
     }
-    weight.to_dtype(dtype)
+    weight.to_dtype(dtype)?.contiguous()
 }
 
 fn add_on_cpu(
@@ -235,8 +254,13 @@ mod tests {
             assert!(far(&got, &expected) < 1e-4);
             if dtype == DType::F32 {
                 let columns = [0..2, 2..6, 6..7];
-                let bands: Vec<_> = bands.iter().zip(columns).collect();
-                let got = add_by_products(&x, y.copy().unwrap(), &a, &scales, &bands).unwrap();
+                let parts: Vec<_> = bands.iter().zip(columns).collect();
+                let got = add_by_products(&x, y.copy().unwrap(), &a, &scales, &parts).unwrap();
+                assert!(far(&got, &expected) < 1e-4);
+                // One scale for each band, which goes another way.
+                let scales = [0.5, 0.5, -2., -2., -2., -2., 3.];
+                let expected = add_low_rank(&x, y.copy().unwrap(), &a, &scales, &bands).unwrap();
+                let got = add_by_products(&x, y.copy().unwrap(), &a, &scales, &parts).unwrap();
                 assert!(far(&got, &expected) < 1e-4);
             }
         }

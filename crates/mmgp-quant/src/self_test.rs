@@ -44,6 +44,11 @@ pub fn self_test(device: &candle_core::CudaDevice) -> Result<()> {
             on_gpu::product(device, shape, dtype)?;
         }
     }
+    for added in ADDED {
+        for dtype in [DType::BF16, DType::F16] {
+            on_gpu::add_product(device, &added, dtype)?;
+        }
+    }
     Ok(())
 }
 
@@ -74,6 +79,21 @@ const MULTIPLIED: [(usize, usize, usize); 9] = [
     (3, 33, 129),
     (77, 40, 515),
     (300, 257, 64),
+];
+
+/// A product that is added to columns of an output.
+struct Added {
+    rows: usize,
+    /// The width of the output, the first column that is added to, and how many.
+    y: (usize, usize, usize),
+    /// The same of the input that is read.
+    t: (usize, usize, usize),
+}
+
+const ADDED: [Added; 3] = [
+    Added { rows: 77, y: (264, 64, 136), t: (32, 16, 16) },
+    Added { rows: 300, y: (72, 0, 72), t: (4, 0, 4) },
+    Added { rows: 3, y: (33, 3, 5), t: (7, 2, 4) },
 ];
 
 /// Values of both signs between 1/16 and 16, the same for the same seed, rounded to `dtype`.
@@ -189,7 +209,7 @@ fn compare(kernel: &str, shape: (usize, usize), expected: &[f32], found: &[f32])
 mod on_gpu {
     use candle_core::{CudaDevice, DType, Device, Tensor};
 
-    use super::{biased, codes, compare, compare_near, expanded, multiplied, values};
+    use super::{Added, biased, codes, compare, compare_near, expanded, multiplied, values};
     use crate::{Error, Result, formats::int8::Decode, kernels::cuda};
 
     pub(super) fn expand(
@@ -279,6 +299,39 @@ mod on_gpu {
         Ok(())
     }
 
+    pub(super) fn add_product(device: &CudaDevice, added: &Added, dtype: DType) -> Result<()> {
+        let &Added { rows, y: (width, column, outputs), t: (ranks, first, inputs) } = added;
+        let (t, b) = (values(rows * ranks, 29, dtype), values(outputs * inputs, 31, dtype));
+        let before = values(rows * width, 37, dtype);
+        let kernel = format!("add_{}", cuda::product_name(dtype, false)?);
+        let run = || {
+            let t = on(device, &t, dtype)?.reshape((rows, ranks))?;
+            let b = on(device, &b, dtype)?.reshape((outputs, inputs))?;
+            let y = on(device, &before, dtype)?.reshape((rows, width))?;
+            let done = cuda::add_product((&t, first), &b, 0.5, (&y, column))?;
+            done.then(|| back(&y)).transpose()
+        };
+        let run = || run().map_err(|error| not_run(&kernel, (rows, width), error));
+        let Some(found) = run()? else {
+            if outputs % 8 == 0 {
+                let error = candle_core::Error::msg("cublasLt offers no algorithm");
+                return Err(not_run(&kernel, (rows, width), error));
+            }
+            return Ok(());
+        };
+        // Columns that nothing is added to must stay as they are.
+        let mut expected: Vec<(f32, f32)> = before.iter().map(|&y| (y, 0.)).collect();
+        for (row, t) in t.chunks_exact(ranks).enumerate() {
+            let read: Vec<f32> = t[first..first + inputs].iter().map(|t| t * 0.5).collect();
+            let from = row * width + column;
+            let y = &before[from..from + outputs];
+            let sums = multiplied(&read, &b, Some(y), inputs, dtype);
+            expected[from..from + outputs].copy_from_slice(&sums);
+        }
+        compare_near(&kernel, (rows, width), &expected, &found)?;
+        compare(&kernel, (rows, width), &found, &run()?.unwrap_or_default())
+    }
+
     /// `values` in `dtype` on the GPU. They are converted on the CPU, so that no kernel but the tested one runs.
     fn on(device: &CudaDevice, values: &[f32], dtype: DType) -> candle_core::Result<Tensor> {
         let values = Tensor::new(values, &Device::Cpu)?.to_dtype(dtype)?;
@@ -345,6 +398,12 @@ mod tests {
             assert!(any(&|r, o, i| r == rows && (o % 8 != 0 || i % 8 != 0)));
         }
         assert!(any(&|r, o, i| r * o * 100 < i));
+        // Sums that go into columns: each part of the memory within its, and the places at vectors or not.
+        let within = |(all, from, len): (usize, usize, usize)| from + len <= all;
+        assert!(ADDED.iter().all(|a| a.rows > 0 && within(a.y) && within(a.t)));
+        let vectors = |(all, from, _): (usize, usize, usize)| all % 8 == 0 && from % 8 == 0;
+        assert!(ADDED.iter().any(|a| vectors(a.y) && vectors(a.t) && a.y.1 > 0 && a.t.1 > 0));
+        assert!(ADDED.iter().any(|a| !vectors(a.y) && !vectors(a.t)));
     }
 
     #[test]

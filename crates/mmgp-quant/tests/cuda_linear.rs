@@ -241,23 +241,35 @@ fn cuda_products_have_the_same_bits_wherever_operands_lie() -> Result<(), Any> {
 #[test]
 fn cuda_low_rank_takes_adapters_as_they_are_stored() -> Result<(), Any> {
     let dev = gpu();
-    let scales = [0.5f32, 2., -1., 0.25, 1., 3.];
-    for dtype in [DType::BF16, DType::F32] {
-        for stored in DTYPES {
-            let (x, y) = (rand(&[33, 13], dtype), rand(&[33, 21], dtype));
-            let (a, b0, b1) =
-                (rand(&[6, 13], stored), rand(&[5, 2], stored), rand(&[6, 4], stored));
-            // The CPU takes f32 input and any form of adapters.
-            let wide = |t: &Tensor| t.to_dtype(DType::F32);
-            let bands = [Band { row: 3, b: &b0 }, Band { row: 8, b: &b1 }];
-            let expected = add_low_rank(&wide(&x)?, wide(&y)?.copy()?, &a, &scales, &bands)?;
-            let (b0, b1) = (b0.to_device(&dev)?, b1.to_device(&dev)?);
-            let bands = [Band { row: 3, b: &b0 }, Band { row: 8, b: &b1 }];
-            let (x, y, a) = (x.to_device(&dev)?, y.to_device(&dev)?, a.to_device(&dev)?);
-            let got = add_low_rank(&x, y, &a, &scales, &bands)?;
-            assert_eq!(got.dtype(), dtype);
-            // Here the intermediate product is rounded too.
-            assert_close(&got, &expected, &expected, dtype, &format!("{dtype:?} of {stored:?}"));
+    // Scales that differ within a band, and one for each.
+    let all = [[0.5f32, 2., -1., 0.25, 1., 3.], [2., 2., -0.5, -0.5, -0.5, -0.5]];
+    // The width, and columns that bands begin at: at multiples of 16 bytes or not, with columns that none touches.
+    for (width, first, second) in [(21, 3, 8), (40, 8, 16)] {
+        for dtype in DTYPES {
+            for stored in DTYPES {
+                let (x, y) = (rand(&[33, 13], dtype), rand(&[33, width], dtype));
+                let (a, b0, b1) =
+                    (rand(&[6, 13], stored), rand(&[5, 2], stored), rand(&[6, 4], stored));
+                for scales in &all {
+                    // The CPU takes f32 input and any form of adapters.
+                    let wide = |t: &Tensor| t.to_dtype(DType::F32);
+                    let bands = [Band { row: first, b: &b0 }, Band { row: second, b: &b1 }];
+                    let before = wide(&y)?.copy()?;
+                    let expected = add_low_rank(&wide(&x)?, before, &a, scales, &bands)?;
+                    let (b0, b1) = (b0.to_device(&dev)?, b1.to_device(&dev)?);
+                    let bands = [Band { row: first, b: &b0 }, Band { row: second, b: &b1 }];
+                    let (x, a) = (x.to_device(&dev)?, a.to_device(&dev)?);
+                    let run = || add_low_rank(&x, y.to_device(&dev)?, &a, scales, &bands);
+                    let got = run()?;
+                    assert_eq!(got.dtype(), dtype);
+                    let what = format!("{width}, {dtype:?} of {stored:?}");
+                    // Here the intermediate product is rounded too.
+                    assert_close(&got, &expected, &expected, dtype, &what);
+                    assert_eq!(bits(&got), bits(&run()?), "{what}");
+                    let left = |t: &Tensor| Ok::<_, Any>(bits(&t.narrow(1, 0, first)?));
+                    assert_eq!(left(&got)?, left(&y)?, "{what}: columns that no band touches");
+                }
+            }
         }
     }
     Ok(())

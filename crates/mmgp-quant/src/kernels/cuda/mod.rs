@@ -19,7 +19,7 @@ use candle_core::{
 };
 use half::{bf16, f16};
 
-pub(crate) use self::product::product;
+pub(crate) use self::product::{add_product, product};
 pub use self::{image::KernelImage, product::product_library};
 
 /// Machine code and PTX of `int8.cu`.

@@ -6,17 +6,21 @@
 //! at multiples of 16 bytes: those that do not are copied. Calls are queued on candle's stream and
 //! never synchronize the host.
 //!
+//! [`add_product`] is the same into columns of an output that is there already, for low-rank side paths.
+//!
 //! The library thinks in columns: a row-major `[rows, columns]` tensor is to it a matrix of `columns` rows. So `W`
 //! comes first and transposed, `x` second as it is, and what comes out has a row for each output, which is
 //! how the library wants biases too.
 
 use std::{
+    cell::Cell,
     collections::{HashMap, hash_map::Entry},
     sync::{Arc, LazyLock},
 };
 
 use candle_core::{
-    CudaDevice, CudaStorage, DType, Device, Error, Layout, Result, Storage, Tensor,
+    CpuStorage, CudaDevice, CudaStorage, DType, Device, Error, InplaceOp1, Layout, Result, Storage,
+    Tensor,
     backend::BackendStorage,
     bail,
     cuda_backend::{
@@ -90,7 +94,15 @@ fn product_of<T: Half>(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<
     };
     let (x, w) = (aligned::<T>(x, device)?, aligned::<T>(w, device)?);
     let bias = bias.map(|bias| aligned::<T>(bias, device)).transpose()?;
-    let shape = Shape { rows, outputs, inputs, dtype: T::TYPE, bias: bias.is_some() };
+    let shape = Shape {
+        rows,
+        outputs,
+        inputs,
+        dtype: T::TYPE,
+        bias: bias.is_some(),
+        x: Place { row: inputs, begins: ALIGNED },
+        y: Place { row: outputs, begins: ALIGNED },
+    };
     // SAFETY: `T` is plain numbers, and the product below writes all `len` of them; without it they are dropped.
     let mut out = unsafe { device.alloc::<T>(len)? };
     {
@@ -105,14 +117,115 @@ fn product_of<T: Half>(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<
             None => (None, None),
         };
         let (y, _y) = out.device_ptr_mut(&stream);
+        let at = Addresses { x, w, bias, y };
         // SAFETY: `address` held the operands to their memory, and their shapes are those of `shape`, as is `y`'s
         // length. All lie on `stream`'s device, are ordered by it, and `y` overlaps nothing.
-        if !unsafe { run(device, &stream, shape, &Addresses { x, w, bias, y })? } {
+        if !unsafe { run(device, &stream, shape, &at, (1., 0.))? } {
             return Ok(None);
         }
     }
     let storage = Storage::Cuda(CudaStorage::wrap_cuda_slice(out, device.clone()));
     Ok(Some(Tensor::from_storage(storage, (rows, outputs), BackpropOp::none(), false)))
+}
+
+/// Adds `scale · t[:, first..] · bᵀ` to the columns of `y` from `column` on, in place: `y` `[rows, width]`, `t`
+/// `[rows, ranks]` and `b` `[outputs, inputs]` are contiguous and of one dtype, `b` reads the `inputs` columns of `t`
+/// from `first` on, and `y` shares its memory with neither. `false`, with `y` as it was, for what [`product`]
+/// answers with `None`, and where `y` does not begin at a multiple of 16 bytes.
+pub(crate) fn add_product(
+    (t, first): (&Tensor, usize),
+    b: &Tensor,
+    scale: f32,
+    (y, column): (&Tensor, usize),
+) -> Result<bool> {
+    let add = AddProduct { t, first, b, scale, column, done: Cell::new(false) };
+    y.inplace_op1(&add)?;
+    Ok(add.done.get())
+}
+
+/// [`add_product`] as a custom operation, because only those may write.
+struct AddProduct<'a> {
+    t: &'a Tensor,
+    first: usize,
+    b: &'a Tensor,
+    scale: f32,
+    column: usize,
+    done: Cell<bool>,
+}
+
+impl InplaceOp1 for AddProduct<'_> {
+    fn name(&self) -> &'static str {
+        "add product"
+    }
+
+    fn cpu_fwd(&self, _: &mut CpuStorage, _: &Layout) -> Result<()> {
+        bail!("a product of the GPU was given a tensor of another device")
+    }
+
+    fn cuda_fwd(&self, y: &mut CudaStorage, layout: &Layout) -> Result<()> {
+        self.done.set(match y.dtype() {
+            DType::BF16 => self.run::<bf16>(y, layout)?,
+            DType::F16 => self.run::<f16>(y, layout)?,
+            _ => false,
+        });
+        Ok(())
+    }
+}
+
+impl AddProduct<'_> {
+    fn run<T: Half>(&self, y: &mut CudaStorage, layout: &Layout) -> Result<bool> {
+        let Self { t, first, b, scale, column, .. } = *self;
+        let ((rows, width), (lines, ranks)) = (layout.shape().dims2()?, t.dims2()?);
+        let (outputs, inputs) = b.dims2()?;
+        let within = |from: usize, len, all| from.checked_add(len).is_some_and(|end| end <= all);
+        if lines != rows || !within(column, outputs, width) || !within(first, inputs, ranks) {
+            bail!(
+                "low rank: [{rows}, {width}] from {column}, {:?} from {first}, {:?}",
+                t.dims(),
+                b.dims()
+            );
+        }
+        if rows == 0 || outputs == 0 || inputs == 0 {
+            return Ok(false);
+        }
+        let device = y.device().clone();
+        let stream = device.cuda_stream();
+        let (t, b) = (aligned::<T>(t, &device)?, aligned::<T>(b, &device)?);
+        let shape = Shape {
+            rows,
+            outputs,
+            inputs,
+            dtype: T::TYPE,
+            bias: false,
+            x: Place { row: ranks, begins: begins::<T>(first) },
+            y: Place { row: width, begins: begins::<T>(column) },
+        };
+        // Both stay locked until the product is queued.
+        let (t, b) = (t.storage_and_layout(), b.storage_and_layout());
+        let (t, _t) = address::<T>(&t.0, t.1, &stream)?;
+        let (w, _w) = address::<T>(&b.0, b.1, &stream)?;
+        let values = y.as_cuda_slice_mut::<T>()?;
+        let Some((start, _)) = layout.contiguous_offsets().filter(|&(_, end)| end <= values.len())
+        else {
+            bail!("low rank: the output is not contiguous or not bound");
+        };
+        let (y, _y) = values.device_ptr_mut(&stream);
+        let y = y + (start * size_of::<T>()) as u64;
+        if !is_multiple(y, ALIGNED) {
+            return Ok(false);
+        }
+        let x = t + (first * size_of::<T>()) as u64;
+        let at = Addresses { x, w, bias: None, y: y + (column * size_of::<T>()) as u64 };
+        // SAFETY: all three were held to their memory, and the columns to their rows above. All lie on `stream`'s
+        // device and are ordered by it; `y` is borrowed mutably, so overlaps nothing.
+        unsafe { run(&device, &stream, shape, &at, (scale, 1.)) }
+    }
+}
+
+/// What a place so many values behind an aligned one is a multiple of, at most [`ALIGNED`] bytes.
+fn begins<T: Half>(values: usize) -> u32 {
+    let bytes = values * size_of::<T>();
+    1 << bytes.trailing_zeros().min(ALIGNED.trailing_zeros())
 }
 
 /// `tensor`, or a copy of it where it does not begin as operands must.
@@ -121,11 +234,11 @@ fn aligned<T: Half>(tensor: &Tensor, device: &CudaDevice) -> Result<Tensor> {
         let (storage, layout) = tensor.storage_and_layout();
         address::<T>(&storage, layout, &device.cuda_stream())?.0
     };
-    if is_aligned(begins) { Ok(tensor.clone()) } else { tensor.force_contiguous() }
+    if is_multiple(begins, ALIGNED) { Ok(tensor.clone()) } else { tensor.force_contiguous() }
 }
 
-fn is_aligned(address: u64) -> bool {
-    address % u64::from(ALIGNED) == 0
+fn is_multiple(address: u64, bytes: u32) -> bool {
+    address.is_multiple_of(u64::from(bytes))
 }
 
 /// Where the values that a contiguous `layout` shows of `storage` begin, held to the memory that it has.
@@ -157,11 +270,22 @@ struct Shape {
     inputs: usize,
     dtype: sys::cudaDataType,
     bias: bool,
+    x: Place,
+    y: Place,
+}
+
+/// How a matrix lies within its memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Place {
+    /// Values from one row of the tensor to the next.
+    row: usize,
+    /// The bytes that its address is a multiple of.
+    begins: u32,
 }
 
 impl Shape {
     fn error(&self, what: &str, error: CublasError) -> Error {
-        let Self { rows, outputs, inputs, dtype, bias } = self;
+        let Self { rows, outputs, inputs, dtype, bias, .. } = self;
         Error::msg(format!(
             "cublasLt: {what} a product of [{rows}, {inputs}] and [{outputs}, {inputs}] in {dtype:?}{}: {:?}",
             if *bias { " with a bias" } else { "" },
@@ -178,19 +302,23 @@ struct Addresses {
     y: u64,
 }
 
-/// Queues a product, where the library offers one for `shape`: else `false`.
+/// Queues a product, where the library offers one for `shape`: else `false`. `y` becomes the first factor times it
+/// plus the second times `y`, which is not read if that is 0.
 ///
 /// # Safety
-/// `x` has `rows · inputs` values of the shape's dtype, `w` `outputs · inputs`, the bias, which is there if the
-/// shape says so, `outputs`, and `y`, which nobody else uses, `rows · outputs`. All are ordered by `stream`,
-/// which is `device`'s.
+/// `x` has `rows` times `inputs` values of the shape's dtype, `y`, which nobody else uses, `rows` times `outputs`,
+/// both in rows as far apart as the shape says and not closer than they are long. `w` has `outputs · inputs`
+/// values, and the bias, which is there if the shape says so, `outputs`. All are ordered by `stream`, which is
+/// `device`'s.
 unsafe fn run(
     device: &CudaDevice,
     stream: &CudaStream,
     shape: Shape,
     at: &Addresses,
+    (alpha, beta): (f32, f32),
 ) -> Result<bool> {
-    if ![at.x, at.w, at.y].into_iter().chain(at.bias).all(is_aligned) {
+    let whole = [at.w].into_iter().chain(at.bias).all(|address| is_multiple(address, ALIGNED));
+    if !whole || !is_multiple(at.x, shape.x.begins) || !is_multiple(at.y, shape.y.begins) {
         bail!("linear: an operand does not begin at a multiple of {ALIGNED} bytes");
     }
     let context = stream.context();
@@ -213,11 +341,10 @@ unsafe fn run(
         bytes => Some(unsafe { device.alloc::<u8>(bytes)? }),
     };
     let (workspace, _workspace) = workspace.as_mut().map(|w| w.device_ptr_mut(stream)).unzip();
-    let (alpha, beta) = (1f32, 0f32);
     // SAFETY: handle, descriptors and algorithm belong together and live as long as the process; the
     // factors are f32 on the host, as `Operation::new` says. The caller vouches for the operands, whose sizes are those
-    // of the descriptors, and the workspace is as large as the algorithm wants it. With a factor of 0 the third
-    // operand is not read.
+    // of the descriptors, and the workspace is as large as the algorithm wants it. The third operand may be the
+    // output.
     unsafe {
         result::matmul(
             handle,
@@ -298,12 +425,12 @@ struct Plan {
 impl Plan {
     fn new(handle: sys::cublasLtHandle_t, shape: Shape, most: usize) -> Answer<Option<Self>> {
         use sys::cublasStatus_t::{CUBLAS_STATUS_INVALID_VALUE, CUBLAS_STATUS_NOT_SUPPORTED};
-        let Shape { rows, outputs, inputs, dtype, bias } = shape;
+        let Shape { rows, outputs, inputs, dtype, bias, .. } = shape;
         let operation = Operation::new(bias)?;
-        let w = Matrix::new(dtype, inputs, outputs)?;
-        let x = Matrix::new(dtype, inputs, rows)?;
-        let y = Matrix::new(dtype, outputs, rows)?;
-        let preference = Preference::new(most)?;
+        let w = Matrix::new(dtype, (inputs, outputs), inputs)?;
+        let x = Matrix::new(dtype, (inputs, rows), shape.x.row)?;
+        let y = Matrix::new(dtype, (outputs, rows), shape.y.row)?;
+        let preference = Preference::new(most, shape.x.begins, shape.y.begins)?;
         // SAFETY: the handle and the descriptors are alive. No operand is looked at.
         let offered = unsafe {
             result::get_matmul_algo_heuristic(handle, operation.0, w.0, x.0, y.0, y.0, preference.0)
@@ -399,9 +526,14 @@ impl Drop for Operation {
 struct Matrix(sys::cublasLtMatrixLayout_t);
 
 impl Matrix {
-    fn new(dtype: sys::cudaDataType, rows: usize, columns: usize) -> Answer<Self> {
+    /// So many `(rows, columns)`, and values from one column to the next.
+    fn new(
+        dtype: sys::cudaDataType,
+        (rows, columns): (usize, usize),
+        apart: usize,
+    ) -> Answer<Self> {
         // Tensors have less than 2^63 bytes, so no length is cut.
-        result::create_matrix_layout(dtype, rows as u64, columns as u64, rows as i64).map(Self)
+        result::create_matrix_layout(dtype, rows as u64, columns as u64, apart as i64).map(Self)
     }
 }
 
@@ -416,7 +548,8 @@ impl Drop for Matrix {
 struct Preference(sys::cublasLtMatmulPreference_t);
 
 impl Preference {
-    fn new(most: usize) -> Answer<Self> {
+    /// For `x` and `y` at multiples of so many bytes.
+    fn new(most: usize, x: u32, y: u32) -> Answer<Self> {
         use sys::cublasLtMatmulPreferenceAttributes_t::{
             CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES as MAX_WORKSPACE,
             CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES as ALIGNMENT_A,
@@ -428,8 +561,10 @@ impl Preference {
         let new = Self(result::create_matmul_pref()?);
         new.set(MAX_WORKSPACE, most as u64)?;
         new.set(REDUCTION_MASK, REDUCTIONS)?;
-        for operand in [ALIGNMENT_A, ALIGNMENT_B, ALIGNMENT_C, ALIGNMENT_D] {
-            new.set(operand, ALIGNED)?;
+        for (operand, begins) in
+            [(ALIGNMENT_A, ALIGNED), (ALIGNMENT_B, x), (ALIGNMENT_C, y), (ALIGNMENT_D, y)]
+        {
+            new.set(operand, begins)?;
         }
         Ok(new)
     }
