@@ -229,6 +229,7 @@ impl Session {
             same_bytes,
             schedule_ratio: schedule_s.map(|schedule| step_s / schedule),
             schedule_best_s: forecast.as_ref().map(|forecast| forecast.best),
+            own_ms: pager.report().models.iter().map(|m| m.own.as_secs_f64()).sum::<f64>() * 1e3,
             host_ms: timed.seconds(timed.host) * 1e3,
             slots: plan.streaming_slots(),
             resident_blocks: plan.residents(),
