@@ -13,8 +13,8 @@
 #
 # shows what the command takes beside others: a pipeline of FLUX.1-dev's and T5-XXL's size, int8, 1024x1024, first
 # with all of the card, then under --vram-limit $LIMIT_GB (6) GB on a card that another process filled but for that
-# and the margin, while a third takes 2.5 GB for a while. Needs Python, 51 GB in $DIR and $STEPS (16) steps of about
-# a second. Leaves memory.json in $OUT, and the samples that it was made of.
+# and the margin, while a third takes 2.5 GB for a while. Needs Python, 51 GB in $DIR and $STEPS (64) steps of about
+# a third of a second. Leaves memory.json in $OUT, and the samples that it was made of.
 #
 #   run.sh --video cogvideox-5b|hunyuanvideo
 #
@@ -61,7 +61,7 @@ fi
 
 if [ "${1:-}" = --memory ]; then
     dir=${DIR:-/dev/shm}/mmgp-memory
-    steps=${STEPS:-16}
+    steps=${STEPS:-64}
     limit=$((${LIMIT_GB:-6} * 1000000000))
     now() { date +%s.%N; }
     [ -e "$dir/flux/model_index.json" ] ||

@@ -16,7 +16,7 @@ use crate::{
 /// Of what there is for weights and activations, the share that activations get until they were measured.
 const GUESS: u64 = 4;
 /// What is kept free beside measured activations.
-const SPARE: u64 = 32 << 20;
+const SPARE: u64 = 64 << 20;
 /// What is given up at least when there is too little for activations.
 const STEP: u64 = 256 << 20;
 
@@ -502,9 +502,11 @@ impl State {
         let minimum = self.models[model].sizes(device).minimum();
         let m = &mut self.models[model];
         let step = (m.reserve(self.ceiling) / 4).max(STEP);
-        let before = m.allowed.min(self.held.max(minimum));
+        let before = m.allowed;
+        // From what is held, which early in a pass is less than what may be.
+        let least = before.min(self.held.max(minimum));
         m.extra = m.extra.saturating_add(step);
-        m.allowed = m.allowed.min(before.saturating_sub(step).max(minimum));
+        m.allowed = before.min(least.saturating_sub(step).max(minimum));
         let (allowed, held) = (m.allowed, self.held);
         self.shrink(model, allowed);
         device.share(crate::Bytes(allowed))?;
