@@ -32,6 +32,8 @@ LEAST = {"diffusers_leaf": 2_700_000_000}
 SLACK = (0.03, 250_000_000)
 MARGIN = 32 << 20
 TRIES = 3
+# The most seconds that what is no row may take.
+CHORE = 300
 FILES = 50_000_000_000
 QUIET = {
     "HF_HUB_OFFLINE": "1",
@@ -106,6 +108,7 @@ class Comparison:
             "workload": "toy of FLUX.1-dev, 64 + 16 tokens" if args.tiny else "FLUX.1-dev, 4096 + 512 tokens",
         }
         self.rows, self.child = [], None
+        self.quantized = any((self.dir / "flux-int8").glob("*_int8.safetensors"))
         if args.resume and self.path.exists():
             self.rows = [json.loads(line) for line in self.path.read_text().splitlines()]
             for what in ("commit", "workload"):
@@ -182,10 +185,6 @@ class Comparison:
             print(f"         step {row['step_s']:.4f} s{vram}", flush=True)
         return row
 
-    def chore(self, name, command):
-        if wrong := self.call(name, command, 300):
-            sys.exit(f"{name}: {wrong}; {self.log} says more")
-
     def script(self, *arguments):
         shape = self.shape if arguments[0] == "run" else self.shape[4:]
         return [sys.executable, HERE / "flux.py", *arguments, "--model", self.dir, *shape]
@@ -227,12 +226,16 @@ class Comparison:
                 return
 
     def theirs(self, name):
-        if "mmgp_int8" in name and not any((self.dir / "flux-int8").glob("*_int8.safetensors")):
+        row = known()[name]
+        form = row.get("form", "bf16")
+        if form == "int8" and not self.quantized:
             if self.left() <= 0:
                 raise TimeOver
-            self.chore("mmgp makes its int8 file", self.script("quantize"))
-        row = known()[name]
-        told = {"row": name, "system": row["system"], "form": row.get("form", "bf16")}
+            # Once: where it fails, the rows that want its file tell so.
+            self.quantized = True
+            if wrong := self.call("mmgp makes its int8 file", self.script("quantize"), CHORE):
+                print(f"         failed: {wrong}", flush=True)
+        told = {"row": name, "system": row["system"], "form": form}
         return self.row(name, told, [*self.script("run", name), "--out"])
 
     def run(self):
@@ -249,7 +252,8 @@ class Comparison:
                 row = self.ours(form, "unlimited", again=True)
                 if "error" in row:
                     sys.exit(f"without ours there are no files: {row['error']}; {self.log} says more")
-        self.chore("config", self.script("prepare"))
+        if wrong := self.call("config", self.script("prepare"), CHORE):
+            sys.exit(f"the others cannot be prepared: {wrong}; {self.log} says more")
         for run in range(self.args.runs):
             for name in self.args.rows:
                 if len(self.good(name)) <= run:
@@ -281,6 +285,12 @@ def touch(gb):
         os.waitpid(pid, 0)
 
 
+def table(args, lines):
+    libraries = {"LD_LIBRARY_PATH": args.libraries} if args.libraries else {}
+    command = [args.bench, "--peers", lines, "--out", args.out]
+    return subprocess.run(command, env={**os.environ, **libraries}).returncode
+
+
 def main():
     args = options()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -297,10 +307,8 @@ def main():
         comparison.end_child()
         if not args.keep:
             shutil.rmtree(comparison.dir, ignore_errors=True)
-    libraries = {"LD_LIBRARY_PATH": args.libraries} if args.libraries else {}
-    environment = {**os.environ, **libraries}
-    table = subprocess.run([args.bench, "--peers", comparison.path, "--out", args.out], env=environment)
-    sys.exit(table.returncode or (0 if complete else 1))
+        wrong = table(args, comparison.path) if comparison.rows else 1
+    sys.exit(wrong or (0 if complete else 1))
 
 
 if __name__ == "__main__":

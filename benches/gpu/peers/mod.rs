@@ -348,7 +348,8 @@ fn entries(lines: &[&Line], link: Option<f64>) -> Vec<Entry> {
         let line = group[0];
         let of =
             |what: fn(&Line) -> Option<f64>| middle(group.iter().filter_map(|line| what(line)));
-        let bytes = |what: fn(&Line) -> Option<u64>| group.iter().filter_map(|line| what(line));
+        let bytes =
+            |what: fn(&Line) -> Option<u64>| group.iter().filter_map(move |line| what(line));
         let step_s = of(|line| line.step_s)?;
         let streamed_bytes = bytes(|line| line.streamed_bytes).max();
         let resident = resident(if line.row.starts_with(OURS) { &line.row } else { EAGER });
