@@ -11,7 +11,7 @@ use crate::{
 /// The mark of a system: what its rows begin and end with, its shape around (0, 0), and what the legend says.
 const MARKS: [(&str, &str, &str, &str); 6] = [
     ("ours", "", "M-5 0a5 5 0 1 0 10 0a5 5 0 1 0 -10 0z", "ours"),
-    ("mmgp", "repaired", "M0 -6L6 0L0 6L-6 0zM0 -3L-3 0L0 3L3 0z", "mmgp (Python), repaired"),
+    ("mmgp", "repaired", "M0 -6L6 0L0 6L-6 0zM0 -3L-3 0L0 3L3 0z", "mmgp, repaired"),
     ("mmgp", "", "M0 -6L6 0L0 6L-6 0z", "mmgp (Python)"),
     ("diffusers", "", "M0 -6L6 5H-6z", "diffusers"),
     ("pytorch", "compiled", "M-5 -5H5V5H-5zM-2 -2V2H2V-2z", "PyTorch, compiled"),
