@@ -265,7 +265,11 @@ pub(crate) enum Alone {
     Measure,
 }
 
-fn model(
+/// The model of a checkpoint, in a pager.
+///
+/// # Errors
+/// A checkpoint of something else.
+pub(crate) fn model(
     pager: &Pager,
     config: &FluxConfig,
     checkpoint: &Arc<Checkpoint>,
@@ -330,7 +334,7 @@ impl Counted {
 }
 
 /// What one step reads.
-struct Inputs {
+pub(crate) struct Inputs {
     hidden_states: Tensor,
     encoder_hidden_states: Tensor,
     pooled_projections: Tensor,
@@ -341,7 +345,16 @@ struct Inputs {
 }
 
 impl Inputs {
-    fn new(config: &FluxConfig, image: usize, text: usize, device: &Device) -> Result<Self> {
+    /// Random, on the device.
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub(crate) fn new(
+        config: &FluxConfig,
+        image: usize,
+        text: usize,
+        device: &Device,
+    ) -> Result<Self> {
         let noise = |seed: u64, tokens: usize, width: usize| {
             Tensor::from_vec(random(tokens * width, seed), (1, tokens, width), device)
         };
@@ -359,7 +372,8 @@ impl Inputs {
         })
     }
 
-    fn borrowed(&self) -> FluxInputs<'_> {
+    /// As a model takes them.
+    pub(crate) fn borrowed(&self) -> FluxInputs<'_> {
         FluxInputs {
             hidden_states: &self.hidden_states,
             encoder_hidden_states: &self.encoder_hidden_states,
@@ -379,7 +393,11 @@ fn grid(tokens: usize) -> (usize, usize) {
     (rows, tokens / rows)
 }
 
-fn bits(output: &Tensor) -> Result<Vec<u32>> {
+/// The bits of a step's output, on the host.
+///
+/// # Errors
+/// Those of the device.
+pub(crate) fn bits(output: &Tensor) -> Result<Vec<u32>> {
     let values = output.flatten_all()?.to_vec1::<f32>()?;
     Ok(values.into_iter().map(f32::to_bits).collect())
 }

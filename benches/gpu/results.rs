@@ -82,6 +82,17 @@ pub(crate) fn record(out: &Path, row: &Row) -> Result<()> {
         .with_context(|| format!("{}", path.display()))
 }
 
+/// Writes a file of a run, as a whole: a run that is killed leaves what it had.
+///
+/// # Errors
+/// A folder that cannot be written to.
+pub(crate) fn put(out: &Path, name: &str, text: &str) -> Result<()> {
+    let (path, part) = (out.join(name), out.join(format!("{name}.part")));
+    fs::write(&part, text)
+        .and_then(|()| fs::rename(&part, &path))
+        .with_context(|| format!("{}", path.display()))
+}
+
 impl Results {
     /// No rows so far.
     pub(crate) fn new(card: String, driver: Option<String>, commit: Option<String>) -> Self {
@@ -117,16 +128,9 @@ impl Results {
     /// # Errors
     /// A folder that cannot be written to.
     pub(crate) fn write(&self, out: &Path) -> Result<()> {
-        let put = |name: &str, text: &str| {
-            // Renamed, so that a run that is killed leaves the rows it had.
-            let (path, part) = (out.join(name), out.join(format!("{name}.part")));
-            fs::write(&part, text).and_then(|()| fs::rename(&part, &path))
-        };
-        let json = serde_json::to_string_pretty(self)?;
-        put("gpu.json", &json)
-            .and_then(|()| put("gpu.md", &self.table()))
-            .and_then(|()| put("gpu.svg", &chart::svg(&self.rows)))
-            .with_context(|| format!("{}", out.display()))
+        put(out, "gpu.json", &serde_json::to_string_pretty(self)?)?;
+        put(out, "gpu.md", &self.table())?;
+        put(out, "gpu.svg", &chart::svg(&self.rows))
     }
 
     /// The rows as markdown.

@@ -21,7 +21,18 @@
 # draws a video with a pipeline of that size, int8, under --vram-limit $LIMIT_GB (8) GB: $STEPS (3) steps and the
 # decode, at 720x480 and 49 frames or 960x544 and 61. Then a step of diffusers' with group offloading, where Python has
 # diffusers. Needs 34 or 66 GB in $DIR, which are removed after. Leaves video.json in $OUT, and what it was made of.
+#
+#   run.sh --peers [options of benches/peers/compare.py]
+#
+# takes steps of that FLUX.1-dev in PyTorch, diffusers, Python mmgp and here, in turn, ours at no more VRAM than each of
+# the others took. Needs a Python with them (those that are missing are read from wheels in $WHEELS, which
+# benches/peers/fetch_wheels.sh fetches) and 50 GB in $DIR, which are removed after. Leaves peers.json, peers.md and
+# peers.svg in $OUT; what is missing when --minutes are over, a second call with --resume measures.
 set -uo pipefail
+if [[ "${1:-}" = -h || "${1:-}" = --help ]]; then
+    sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"
+    exit 0
+fi
 
 here=$(cd "$(dirname "$0")" && pwd)
 out=${OUT:-out}
@@ -38,6 +49,7 @@ if [ -z "${CUDA_HOME:-}" ]; then
     done
 fi
 lib=${CUDA_HOME:-/usr/local/cuda}
+before=${LD_LIBRARY_PATH:-}
 export LD_LIBRARY_PATH="$lib/targets/x86_64-linux/lib:$lib/lib64:${LD_LIBRARY_PATH:-}"
 # cuDNN is the system's, or else the one that Python's packages brought.
 if [ -z "${MMGP_CUDNN:-}" ] && ! ldconfig -p | grep -q 'libcudnn\.so\.9'; then
@@ -147,6 +159,25 @@ if [ "${1:-}" = --video ]; then
         python3 "$PWD/benches/peers/video.py" "$family" "${size[@]}" >"$out/peer.json" || rm "$out/peer.json"
     fi
     python3 "$here/video.py" "$out" "$family" "$limit"
+    exit $?
+fi
+
+if [ "${1:-}" = --peers ]; then
+    shift
+    options=(--bench "$here/mmgp-gpu-bench" --out "$out" --libraries "$LD_LIBRARY_PATH")
+    [ -f "$here/commit" ] && options+=(--commit "$(cat "$here/commit")")
+    [ -n "${DIR:-}" ] && options+=(--dir "$DIR")
+    # PyTorch brings libraries of its own.
+    if [ -n "$before" ]; then LD_LIBRARY_PATH=$before; else unset LD_LIBRARY_PATH; fi
+    site=
+    if [ -n "${WHEELS:-}" ]; then
+        site=$(mktemp -d) || exit 1
+        trap 'rm -rf "$site"' EXIT
+        python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$site" "$WHEELS"/*.whl ||
+            { echo "the wheels in $WHEELS cannot be installed"; exit 1; }
+        export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
+    fi
+    python3 "$PWD/benches/peers/compare.py" "${options[@]}" "$@"
     exit $?
 fi
 
