@@ -105,7 +105,7 @@ if [ "${1:-}" = --memory ]; then
     (
         [ -n "$group" ] && echo $BASHPID >"$group/cgroup.procs"
         exec "${draw[@]}" --vram-limit "$limit" --out "$out/limited.png"
-    ) >"$out/limited.log" 2>&1 &
+    ) > >(while IFS= read -r line; do echo "$(now) $line"; done >"$out/limited.log") 2>&1 &
     run=$!
     while kill -0 $run 2>/dev/null; do
         kib=$(awk '/^VmRSS/ {print $2}' "/proc/$run/status" 2>/dev/null)
@@ -113,11 +113,12 @@ if [ "${1:-}" = --memory ]; then
         sleep 0.02
     done >"$out/host.txt" &
     # The third comes once steps are steady.
-    until grep -q "^step 5 of" "$out/limited.log" || ! kill -0 $run 2>/dev/null; do sleep 0.05; done
+    until grep -q " step 5 of" "$out/limited.log" || ! kill -0 $run 2>/dev/null; do sleep 0.05; done
     python3 "$here/vram.py" take 2500000000 3 >"$out/taker.json"
     wait $run
     failed=$?
     now >>"$out/run.txt"
+    sleep 0.5 # for what writes the log
     kill $sampler $ballast
     [ $failed = 0 ] || { echo "the run failed"; tail -n 20 "$out/limited.log"; exit 1; }
     python3 "$here/memory.py" "$out" "$limit"
