@@ -315,7 +315,7 @@ mod tests {
         let table = results.table();
         let lines: Vec<&str> = table.lines().filter(|l| l.starts_with('|')).collect();
         let cells: Vec<usize> = lines.iter().map(|line| line.matches('|').count()).collect();
-        assert_eq!(cells, [25; 4], "{table}");
+        assert_eq!(cells, [26; 4], "{table}");
         assert!(lines[2].contains("| 4 | **0.4100**") && lines[2].ends_with("| yes |"));
         assert!(lines[3].contains("| resident |") && lines[3].contains("1.075 (!)"));
         assert!(lines[3].ends_with("| **NO** |"));
