@@ -486,14 +486,17 @@ fn kernels(device: &Device) -> Option<String> {
     if let Device::Cuda(device) = device
         && crate::nn::cuda::enabled(device)
     {
-        let attention = match crate::nn::cuda::cudnn_version() {
-            Ok(version) if crate::nn::cuda::cudnn_enabled(device) => {
-                let (major, minor, patch) = (version / 10_000, version / 100 % 100, version % 100);
-                format!("attention by cuDNN {major}.{minor}.{patch}")
-            }
-            _ => "attention in chunks".into(),
+        use crate::nn::cuda::{attention_enabled, convolution_enabled, cudnn_version};
+        let cudnn = cudnn_version().map_or(String::new(), |version| {
+            format!("cuDNN {}.{}.{}", version / 10_000, version / 100 % 100, version % 100)
+        });
+        let by = |enabled: bool, else_: &str| match enabled {
+            true => format!("by {cudnn}"),
+            false => else_.to_string(),
         };
-        return Some(format!("fused kernels, {attention}"));
+        let attention = by(attention_enabled(device), "in chunks");
+        let convolution = by(convolution_enabled(device), "by the tensor library");
+        return Some(format!("fused kernels, attention {attention}, convolutions {convolution}"));
     }
     (!device.is_cpu()).then(|| "the tensor library's operations".into())
 }

@@ -11,7 +11,7 @@ use std::{
 
 use candle_core::{CudaDevice, D, DType, Device, Result, Tensor};
 use mmgp_models::nn::{
-    self, Activation, GroupNorm, HeadRows, Heads, LayerNorm, RmsNorm, Rope, cuda,
+    self, Activation, Conv2d, GroupNorm, HeadRows, Heads, LayerNorm, RmsNorm, Rope, Window, cuda,
 };
 use mmgp_quant::{MemorySource, Weights};
 
@@ -403,43 +403,95 @@ fn cuda_nn_attention_holds_no_scores() {
         let (q, k, v) = (part(0), part(1), part(2));
         let scale = 1. / (dim as f64).sqrt();
         let run = || nn::attention(&q, &k, &v, scale, &[]).unwrap();
-        let time = |repeats: u32| {
-            drop(run());
-            let mut times = Vec::new();
-            for _ in 0..5 {
-                there.synchronize().unwrap();
-                let begun = Instant::now();
-                (0..repeats).for_each(|_| drop(run()));
-                there.synchronize().unwrap();
-                times.push(begun.elapsed().as_secs_f64() / f64::from(repeats));
-            }
-            times.sort_by(f64::total_cmp);
-            times[times.len() / 2]
-        };
+        let time = |repeats: u32| seconds(&there, repeats, || drop(run()));
         cuda::enable(&device);
-        cuda::enable_cudnn(&device);
+        cuda::enable_attention(&device);
         let whole = run();
-        let seconds = time(10);
+        let took = time(10);
         cuda::disable(&device);
         cuda::enable(&device);
         let pieces = run();
         let chunks = time(1);
         cuda::disable(&device);
-        let worst = (whole.to_dtype(DType::F32).unwrap() - pieces.to_dtype(DType::F32).unwrap())
-            .unwrap()
-            .abs()
-            .unwrap()
-            .max_all()
-            .unwrap()
-            .to_scalar::<f32>()
-            .unwrap();
+        let worst = worst(&whole, &pieces);
         let operations = 4. * (heads * tokens * tokens * dim) as f64;
         println!(
             "| {heads} | {tokens} | {dim} | {:.3} | {:.0} | {:.3} |",
-            seconds * 1e3,
-            operations / seconds / 1e12,
+            took * 1e3,
+            operations / took / 1e12,
             chunks * 1e3
         );
         assert!(worst < 0.02, "{heads} heads of {dim}, {tokens} tokens: off by {worst}");
     }
+}
+
+#[test]
+fn cuda_nn_convolution_is_what_the_tensor_library_computes() {
+    let (device, _guard) = gpu();
+    let there = Device::Cuda(device.clone());
+    cuda::self_test_convolution(&device).unwrap();
+    println!("| channels | pixels | ms | TFLOP/s | ms, tensor library |");
+    println!("|---|---|---|---|---|");
+    for (inputs, outputs, side, window) in [
+        (16, 512, 128, Window::SAME),
+        (512, 512, 128, Window::SAME),
+        (512, 512, 256, Window::DOUBLE),
+        (256, 256, 512, Window::SAME),
+        (128, 128, 1024, Window::SAME),
+        (128, 3, 1024, Window::SAME),
+        (384, 128, 480, Window::SAME.nearest()),
+    ] {
+        let rand = |shape: &[usize], scale: f64| {
+            let t = Tensor::randn(0f32, 1., shape, &there).unwrap();
+            (t * scale).unwrap().to_dtype(DType::BF16).unwrap()
+        };
+        let scale = 1. / ((inputs * 9) as f64).sqrt();
+        let source = MemorySource::new(&there)
+            .computing_in(DType::BF16)
+            .with("weight", rand(&[outputs, inputs, 3, 3], scale))
+            .with("bias", rand(&[outputs], 1.));
+        let conv = Conv2d::new(&Weights::new(source), inputs, outputs, window).unwrap();
+        let x = rand(&[1, inputs, side, side], 1.);
+        let run = || conv.forward(&x).unwrap();
+        let time = |repeats: u32| seconds(&there, repeats, || drop(run()));
+        cuda::enable(&device);
+        cuda::enable_convolution(&device);
+        let (own, again) = (run(), run());
+        assert_eq!(worst(&own, &again), 0.);
+        let took = time(10);
+        cuda::disable(&device);
+        let library = run();
+        let slow = time(2);
+        let pixels = library.dim(2).unwrap() * library.dim(3).unwrap();
+        let operations = (18 * inputs * outputs * pixels) as f64;
+        println!(
+            "| {inputs} to {outputs} | {pixels} | {:.3} | {:.0} | {:.3} |",
+            took * 1e3,
+            operations / took / 1e12,
+            slow * 1e3
+        );
+        let far = worst(&own, &library);
+        assert!(far < 0.1, "{inputs} to {outputs}, {window:?}: off by {far}");
+    }
+}
+
+/// The most that two tensors differ by.
+fn worst(a: &Tensor, b: &Tensor) -> f32 {
+    let [a, b] = [a, b].map(|t| t.to_dtype(DType::F32).unwrap());
+    (a - b).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap()
+}
+
+/// Seconds of one of `repeats` runs back to back, in the median of five.
+fn seconds(device: &Device, repeats: u32, run: impl Fn()) -> f64 {
+    run();
+    let mut times = Vec::new();
+    for _ in 0..5 {
+        device.synchronize().unwrap();
+        let begun = Instant::now();
+        (0..repeats).for_each(|_| run());
+        device.synchronize().unwrap();
+        times.push(begun.elapsed().as_secs_f64() / f64::from(repeats));
+    }
+    times.sort_by(f64::total_cmp);
+    times[times.len() / 2]
 }

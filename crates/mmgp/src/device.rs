@@ -2,6 +2,8 @@
 
 use std::{fmt, str::FromStr};
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaDevice;
 use candle_core::Device;
 use mmgp_profiles::Hardware;
 use mmgp_residency::{Bytes, Error, Pager};
@@ -127,21 +129,29 @@ fn cuda(ordinal: usize, gpu: &GpuUse) -> mmgp_residency::Result<Opened> {
         }
         match nn::cudnn_version() {
             Ok(version) if nn::enabled(device) => {
-                let subject = format!("cuDNN {version}");
-                match self_test(&card, driver, &[subject.as_bytes()], || {
-                    nn::self_test_attention(device)
-                }) {
-                    Ok(()) => nn::enable_cudnn(device),
-                    Err(error) if cuda.candle().synchronize().is_err() => return Err(error.into()),
-                    Err(error) => {
-                        tracing::warn!("computing attention in chunks, which is slower: {error}");
+                let version = version.to_le_bytes();
+                type Step = (&'static str, fn(&CudaDevice) -> TestResult, fn(&CudaDevice));
+                let steps: [Step; 2] = [
+                    ("attention", nn::self_test_attention, nn::enable_attention),
+                    ("convolutions", nn::self_test_convolution, nn::enable_convolution),
+                ];
+                for (what, test, enable) in steps {
+                    let tested = [what.as_bytes(), &version, nn::kernel_image()];
+                    match self_test(&card, driver, &tested, || test(device)) {
+                        Ok(()) => enable(device),
+                        Err(error) if cuda.candle().synchronize().is_err() => {
+                            return Err(error.into());
+                        }
+                        Err(error) => {
+                            tracing::warn!("{what} without cuDNN, which is slower: {error}");
+                        }
                     }
                 }
             }
             Ok(_) => {}
             Err(why) => tracing::warn!(
-                "computing attention in chunks, which is slower: cuDNN 9 was not found ({why}); install it or \
-                 name its library in MMGP_CUDNN"
+                "attention and convolutions without cuDNN, which is slower: cuDNN 9 was not found ({why}); install \
+                 it or name its library in MMGP_CUDNN"
             ),
         }
     }
@@ -149,14 +159,18 @@ fn cuda(ordinal: usize, gpu: &GpuUse) -> mmgp_residency::Result<Opened> {
     Ok(Opened { pager: Pager::over(cuda)?, machine })
 }
 
+/// What a self-test says.
+#[cfg(feature = "cuda")]
+type TestResult = Result<(), mmgp_quant::Error>;
+
 /// Tests what computes on the card, once for this card, driver and build: kernels, and versions of libraries.
 #[cfg(feature = "cuda")]
 fn self_test(
     card: &str,
     driver: Option<&str>,
     kernels: &[&[u8]],
-    test: impl FnOnce() -> Result<(), mmgp_quant::Error>,
-) -> Result<(), mmgp_quant::Error> {
+    test: impl FnOnce() -> TestResult,
+) -> TestResult {
     use crate::{Store, notes::Notes, tested};
     let subject = driver.map(|driver| tested::Subject {
         card: card.into(),

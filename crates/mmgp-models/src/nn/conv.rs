@@ -2,7 +2,8 @@
 //!
 //! On the CPU a strip of output rows at a time is gathered into columns and multiplied: the weight
 //! needs no copy, bias and a nearest-neighbour doubling of the input cost no pass of their own, and
-//! what is held beside input and output stays near 16 MiB.
+//! what is held beside input and output stays near 16 MiB. On GPUs strips are cuDNN's, where that is installed, else
+//! the tensor library's.
 
 use candle_core::{DType, Result, Tensor};
 use mmgp_quant::Weights;
@@ -116,6 +117,12 @@ impl Conv2d {
         };
         if inputs != expected || height == 0 || width == 0 {
             candle_core::bail!("conv2d: {:?} given to {:?}", x.dims(), self.weight.dims());
+        }
+        #[cfg(feature = "cuda")]
+        if let Some(y) =
+            crate::nn::cuda::convolution(x, [&self.weight, &self.bias], window, (out_h, out_w))?
+        {
+            return Ok(y);
         }
         if !x.device().is_cpu() || x.dtype() != DType::F32 {
             return self.composed(x, (out_h, out_w), STRIP);

@@ -6,6 +6,7 @@
 //! recipe as the device does. They are used on GPUs for which [`enable`] was called, which is for whoever saw
 //! [`self_test`] pass there; elsewhere the library's operations compute, which is said once.
 
+mod convolution;
 mod cudnn;
 mod launch;
 mod self_test;
@@ -17,15 +18,16 @@ use candle_core::{
     CpuStorage, CudaDevice, CudaStorage, D, DType, Device, InplaceOp1, Layout, Result, Tensor,
     backend::BackendStorage, bail,
 };
+use half::{bf16, f16};
 use parking_lot::RwLock;
 
 use self::{
     launch::{Element, Fresh, KERNELS, Place, Scratch, by_dtype, held_to},
     shape::{Activate, Flat, Gate, Grid, Group, Lines, PerItem, Rows, countable, piece_values},
 };
-use crate::nn::{Activation, HeadRows, Heads};
+use crate::nn::{Activation, HeadRows, Heads, Window};
 
-pub use self::self_test::{self_test, self_test_attention};
+pub use self::self_test::{self_test, self_test_attention, self_test_convolution};
 
 /// The kernels as they were compiled: what a self-test's result is about, beside the card and the driver.
 pub fn kernel_image() -> &'static [u8] {
@@ -36,7 +38,8 @@ pub fn kernel_image() -> &'static [u8] {
 #[derive(Clone, Copy, Debug, Default)]
 struct Choice {
     kernels: bool,
-    cudnn: bool,
+    attention: bool,
+    convolution: bool,
 }
 
 /// Choices by the address of the CUDA context. Contexts of devices live as long as the process once a kernel was
@@ -62,8 +65,14 @@ pub fn enable(device: &CudaDevice) {
 
 /// Has them use cuDNN's attention there, too. The caller knows that [`self_test_attention`] passed on this card
 /// with this driver and this [`cudnn_version`].
-pub fn enable_cudnn(device: &CudaDevice) {
-    choices().write().entry(context(device)).or_default().cudnn = true;
+pub fn enable_attention(device: &CudaDevice) {
+    choices().write().entry(context(device)).or_default().attention = true;
+}
+
+/// Has them use cuDNN's convolution there, too. The caller knows that [`self_test_convolution`] passed on this card
+/// with this driver, this [`kernel_image`] and this [`cudnn_version`].
+pub fn enable_convolution(device: &CudaDevice) {
+    choices().write().entry(context(device)).or_default().convolution = true;
 }
 
 /// Has them use the tensor library's own operations there, as they do before something was enabled.
@@ -71,7 +80,7 @@ pub fn disable(device: &CudaDevice) {
     choices().write().insert(context(device), Choice::default());
 }
 
-/// Tests kernels and, where it is installed, cuDNN's attention, and has them used there.
+/// Tests kernels and, where it is installed, cuDNN's operations, and has them used there.
 ///
 /// # Errors
 /// Those of the tests.
@@ -80,7 +89,9 @@ pub fn enable_tested(device: &CudaDevice) -> mmgp_quant::Result<()> {
     enable(device);
     if cudnn_version().is_ok() {
         self_test_attention(device)?;
-        enable_cudnn(device);
+        enable_attention(device);
+        self_test_convolution(device)?;
+        enable_convolution(device);
     }
     Ok(())
 }
@@ -91,8 +102,13 @@ pub fn enabled(device: &CudaDevice) -> bool {
 }
 
 /// Whether cuDNN's attention is used on `device`'s GPU.
-pub fn cudnn_enabled(device: &CudaDevice) -> bool {
-    choice(device).cudnn
+pub fn attention_enabled(device: &CudaDevice) -> bool {
+    choice(device).attention
+}
+
+/// Whether cuDNN's convolution is used on `device`'s GPU.
+pub fn convolution_enabled(device: &CudaDevice) -> bool {
+    choice(device).convolution
 }
 
 /// The version of cuDNN on this machine, 91400 for 9.14.0; why it is not used.
@@ -133,10 +149,32 @@ pub(crate) fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> Resul
         return Ok(None);
     };
     let alike = |t: &Tensor| t.dtype() == q.dtype() && t.device().same_device(q.device());
-    if !choice(device).cudnn || !alike(k) || !alike(v) {
+    if !choice(device).attention || !alike(k) || !alike(v) {
         return Ok(None);
     }
     cudnn::attention(q, k, v, scale)
+}
+
+/// `weight` over `x`, and `bias`, shapes as [`Conv2d`](crate::nn::Conv2d) has them, to `size` pixels; `None` where
+/// that is not computed so.
+pub(crate) fn convolution(
+    x: &Tensor,
+    weights: [&Tensor; 2],
+    window: Window,
+    size: (usize, usize),
+) -> Result<Option<Tensor>> {
+    let Device::Cuda(device) = x.device() else {
+        return Ok(None);
+    };
+    let alike = |t: &&Tensor| t.dtype() == x.dtype() && t.device().same_device(x.device());
+    if !choice(device).convolution || !weights.iter().all(alike) {
+        return Ok(None);
+    }
+    match x.dtype() {
+        DType::BF16 => convolution::convolve::<bf16>(x, weights, window, size, convolution::STRIP),
+        DType::F16 => convolution::convolve::<f16>(x, weights, window, size, convolution::STRIP),
+        _ => Ok(None),
+    }
 }
 
 /// What is done with rows before they are put where they belong.

@@ -548,6 +548,94 @@ template <typename T, Function F> static __device__ __forceinline__ void group_a
     whole ? group_apply<T, F, true>(p) : group_apply<T, F, false>(p);
 }
 
+// Pixels of pictures, whose channels are planes, as rows of channels, and back.
+struct Pixels {
+    const void *x;
+    const void *bias; // [channels]
+    void *out;
+    u64 items;    // that `out` has, as rows of channels
+    u64 given;    // of them, those that `x` has; the others are zeros
+    u64 channels; // of a picture
+    u64 padded;   // of a row of channels; what is more than `channels` is zeros, or left out
+    u64 height;   // of a picture's plane
+    u64 width;
+    u64 rows;     // as rows of channels
+    u64 columns;
+    u64 row;      // the first of `rows` in the padded or in the written picture
+    u64 before;   // padding above and left of the picture
+    u64 repeat;   // how often each pixel comes in both directions
+    u64 nearest;  // whether what lies around the picture is its nearest pixel, or else zero
+};
+
+constexpr u32 TILE = 32;
+
+// Calls `f` for each tile of 32 columns by 32 channels of each row, with its first ones. A block has 32 by 8 threads.
+template <typename F>
+static __device__ __forceinline__ void tiles(u64 columns, u64 channels, u64 rows, const F &f) {
+    const u64 across = (columns + TILE - 1) / TILE, all = across * ((channels + TILE - 1) / TILE);
+    for (u64 tile = blockIdx.x; tile < all; tile += gridDim.x) {
+        for (u64 row = blockIdx.y; row < rows; row += gridDim.y) {
+            f(row, tile % across * TILE, tile / across * TILE);
+        }
+    }
+}
+
+// `[given, channels, height, width]` to `[items, rows, columns, padded]`.
+template <typename T> static __device__ __forceinline__ void channels_last(const Pixels &p) {
+    __shared__ T held[TILE][TILE + 4 / sizeof(T)];
+    const T *from = static_cast<const T *>(p.x);
+    T *to = static_cast<T *>(p.out);
+    const long long tall = (long long)(p.height * p.repeat), broad = (long long)(p.width * p.repeat);
+    tiles(p.columns, p.padded, p.items * p.rows, [&](u64 at, u64 column, u64 channel) {
+        const u64 item = at / p.rows;
+        long long y = (long long)(p.row + at % p.rows) - (long long)p.before;
+        long long x = (long long)(column + threadIdx.x) - (long long)p.before;
+        if (p.nearest) {
+            y = min(max(y, 0ll), tall - 1);
+            x = min(max(x, 0ll), broad - 1);
+        }
+        const bool there = item < p.given && y >= 0 && y < tall && x >= 0 && x < broad;
+        for (u32 i = threadIdx.y; i < TILE; i += blockDim.y) {
+            T value = rounded<T>(0.f);
+            if (there && channel + i < p.channels) {
+                const u64 plane = item * p.channels + channel + i;
+                value = from[(plane * p.height + (u64)y / p.repeat) * p.width + (u64)x / p.repeat];
+            }
+            held[i][threadIdx.x] = value;
+        }
+        __syncthreads();
+        for (u32 i = threadIdx.y; i < TILE; i += blockDim.y) {
+            if (column + i < p.columns && channel + threadIdx.x < p.padded) {
+                to[(at * p.columns + column + i) * p.padded + channel + threadIdx.x] = held[threadIdx.x][i];
+            }
+        }
+        __syncthreads();
+    });
+}
+
+// `[rows, columns, padded]` to the rows from `row` on of `[channels, height, width]`, whose width is `columns`, with the
+// bias added.
+template <typename T> static __device__ __forceinline__ void channels_first(const Pixels &p) {
+    __shared__ T held[TILE][TILE + 4 / sizeof(T)];
+    const T *from = static_cast<const T *>(p.x), *bias = static_cast<const T *>(p.bias);
+    T *to = static_cast<T *>(p.out);
+    tiles(p.columns, p.channels, p.rows, [&](u64 row, u64 column, u64 channel) {
+        for (u32 i = threadIdx.y; i < TILE; i += blockDim.y) {
+            if (column + i < p.columns && channel + threadIdx.x < p.channels) {
+                held[i][threadIdx.x] = from[(row * p.columns + column + i) * p.padded + channel + threadIdx.x];
+            }
+        }
+        __syncthreads();
+        for (u32 i = threadIdx.y; i < TILE; i += blockDim.y) {
+            if (column + threadIdx.x < p.columns && channel + i < p.channels) {
+                const float value = __fadd_rn(wide(held[threadIdx.x][i]), wide(bias[channel + i]));
+                to[((channel + i) * p.height + p.row + row) * p.width + column + threadIdx.x] = rounded<T>(value);
+            }
+        }
+        __syncthreads();
+    });
+}
+
 // Blocks have 256 threads at most, and at least so many of that size share a multiprocessor.
 #define KERNEL(NAME, BLOCKS, P, ...)                                                               \
     extern "C" __global__ void __launch_bounds__(256, BLOCKS) NAME(const P p) { __VA_ARGS__(p); }
@@ -565,7 +653,9 @@ template <typename T, Function F> static __device__ __forceinline__ void group_a
     KERNEL(group_pieces_##SUFFIX, 4, Group, group_pieces<T>)                                       \
     KERNEL(group_moments_##SUFFIX, 4, Group, group_moments<T>)                                     \
     KERNEL(group_copy_##SUFFIX, 4, Group, group_apply<T, COPY>)                                    \
-    KERNEL(group_silu_##SUFFIX, 4, Group, group_apply<T, SILU>)
+    KERNEL(group_silu_##SUFFIX, 4, Group, group_apply<T, SILU>)                                    \
+    KERNEL(channels_last_##SUFFIX, 4, Pixels, channels_last<T>)                                    \
+    KERNEL(channels_first_##SUFFIX, 4, Pixels, channels_first<T>)
 
 KERNELS(__nv_bfloat16, bf16)
 KERNELS(__half, f16)

@@ -9,8 +9,8 @@
 use candle_core::{CudaDevice, D, DType, Device, Tensor};
 use mmgp_quant::{Error, MemorySource, Result, Weights};
 
-use super::GroupNorm;
-use crate::nn::{self, Activation, HeadRows, Heads, LayerNorm, RmsNorm, Rope};
+use super::{GroupNorm, convolution::convolve};
+use crate::nn::{self, Activation, Conv2d, HeadRows, Heads, LayerNorm, RmsNorm, Rope, Window};
 
 const EPS: f64 = 1e-6;
 
@@ -54,11 +54,24 @@ pub fn self_test_attention(device: &CudaDevice) -> Result<()> {
     Ok(())
 }
 
+/// Runs cuDNN's convolution and compares with the CPU; as [`self_test_attention`].
+///
+/// # Errors
+/// Those of [`self_test_attention`].
+pub fn self_test_convolution(device: &CudaDevice) -> Result<()> {
+    for dtype in [DType::BF16, DType::F16] {
+        On { device, dtype }.convolutions()?;
+    }
+    Ok(())
+}
+
 /// What a result may differ by.
 #[derive(Clone, Copy, PartialEq)]
 enum Within {
     /// What weights in the dtype, and a mean of values by them, cost.
     Weights,
+    /// A sum that is rounded before a number of at most 4 is added to it, and after.
+    Products,
     /// Nothing, once the CPU's is rounded to the dtype.
     Bits,
     /// The dtype's rounding, and what f32 operations cost.
@@ -220,6 +233,39 @@ impl On<'_> {
         Ok(())
     }
 
+    fn convolutions(&self) -> Result<()> {
+        let name = "convolution";
+        for (batch, inputs, outputs, window, (height, width)) in [
+            (1, 8, 16, Window::SAME, (5, 7)),
+            (2, 16, 3, Window::SAME, (9, 70)),
+            (1, 40, 33, Window::DOUBLE, (7, 20)),
+            (2, 24, 8, Window::HALVE, (10, 12)),
+            (1, 4, 64, Window::SAME.nearest(), (6, 40)),
+        ] {
+            let x = self.values(&[batch, inputs, height, width], 1)?;
+            let kernel = window.kernel;
+            let weight = self.values(&[outputs, inputs, kernel, kernel], 2)?;
+            let bias = self.values(&[outputs], 3)?;
+            let all = [("weight", &weight), ("bias", &bias)];
+            let want = Conv2d::new(&cpu(&all), inputs, outputs, window)?.forward(&x)?;
+            let size = (want.dim(2)?, want.dim(3)?);
+            // As a whole, and in strips of a few rows, of which the last overlaps.
+            for strip in [1 << 30, (4 * inputs * width * window.repeat) as u64 * 8] {
+                self.check(name, Within::Products, &want, |put| {
+                    let (x, weight, bias) =
+                        (put.tensor(&x)?, put.tensor(&weight)?, put.tensor(&bias)?);
+                    let weights = [&weight, &bias];
+                    let found = match self.dtype {
+                        DType::F16 => convolve::<half::f16>(&x, weights, window, size, strip)?,
+                        _ => convolve::<half::bf16>(&x, weights, window, size, strip)?,
+                    };
+                    found.ok_or_else(|| Error::Invalid("it is not computed".into()))
+                })?;
+            }
+        }
+        Ok(())
+    }
+
     fn gates(&self) -> Result<()> {
         for width in WIDTHS {
             let tokens = if width < 1000 { 37 } else { 3 };
@@ -370,6 +416,10 @@ impl On<'_> {
             Within::Bits => rounded(expected, self.dtype).to_bits() == found.to_bits(),
             // A unit of the last place of the largest value, which is 4.
             Within::Weights => (expected - found).abs() <= 2. * half_unit(4., self.dtype),
+            Within::Products => {
+                let sum = half_unit(expected.abs() + 4., self.dtype);
+                (expected - found).abs() <= half_unit(expected, self.dtype) + sum + 1e-2
+            }
             Within::Rounding => {
                 let allowed = half_unit(expected, self.dtype) + 1e-5 * (1. + expected.abs());
                 (expected - found).abs() <= allowed // not if either is no number

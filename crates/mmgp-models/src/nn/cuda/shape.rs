@@ -8,6 +8,8 @@ use candle_core::{Layout, Result, Tensor, bail};
 const BLOCK: u64 = 256;
 /// Threads of a block that holds several short rows.
 const SHORT: u64 = 128;
+/// Columns and channels of a tile.
+const TILE: u64 = 32;
 /// Vectors of a row that a thread keeps.
 const HELD: u64 = 4;
 /// Blocks along x where threads step over columns.
@@ -71,6 +73,15 @@ argument! {
     }
 }
 
+argument! {
+    /// Pixels of pictures, whose channels are planes, as rows of channels, and back.
+    Pixels {
+        x: u64, bias: u64, out: u64, items: u64, given: u64, channels: u64, padded: u64,
+        height: u64, width: u64, rows: u64, columns: u64,
+        row: u64, before: u64, repeat: u64, nearest: u64,
+    }
+}
+
 /// Blocks of a grid and threads of a block, along x and y.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Grid {
@@ -101,6 +112,13 @@ impl Grid {
         let x = vectors.div_ceil(ahead * lanes).clamp(1, GRID_X);
         let y = rows.div_ceil(beside).clamp(1, GRID_Y);
         Self { blocks: (x as u32, y as u32), threads: (lanes as u32, beside as u32) }
+    }
+
+    /// For kernels that take tiles of so many columns and channels, row by row.
+    pub(super) fn of_tiles(columns: u64, channels: u64, rows: u64) -> Self {
+        let tiles = columns.div_ceil(TILE).saturating_mul(channels.div_ceil(TILE));
+        let blocks = (tiles.clamp(1, GRID_X) as u32, rows.clamp(1, GRID_Y) as u32);
+        Self { blocks, threads: (TILE as u32, (BLOCK / TILE) as u32) }
     }
 
     /// For kernels of GroupNorm that take a piece or a group a block.
@@ -268,11 +286,14 @@ mod tests {
         check("Gate", Gate::FIELDS, size_of::<Gate>());
         check("Activate", Activate::FIELDS, size_of::<Activate>());
         check("Group", Group::FIELDS, size_of::<Group>());
+        check("Pixels", Pixels::FIELDS, size_of::<Pixels>());
         let source = include_str!("nn.cu");
-        for line in ["constexpr u32 HELD = 4;", "constexpr u32 PIECE = 256;"] {
+        for line in
+            ["constexpr u32 HELD = 4;", "constexpr u32 PIECE = 256;", "constexpr u32 TILE = 32;"]
+        {
             assert!(source.contains(line), "{line}");
         }
-        assert_eq!((HELD, BLOCK), (4, 256));
+        assert_eq!((HELD, BLOCK, TILE), (4, 256, 32));
     }
 
     #[test]
@@ -303,6 +324,8 @@ mod tests {
         assert_eq!((flux(4).threads, flux(4).blocks), ((256, 1), (4608, 1)));
         let head = Grid::of_rows(24 * 4608, 128, 8);
         assert_eq!((head.threads, head.blocks), ((16, 8), (24 * 4608 / 8, 1)));
+        assert_eq!(Grid::of_tiles(33, 64, 7).blocks, (4, 7));
+        assert_eq!(Grid::of_tiles(1, 1, 1 << 40).blocks, (1, GRID_Y as u32));
         assert_eq!(Grid::of_pieces(0).blocks, (1, 1));
         assert!(Grid::of_pieces(u64::MAX).blocks.0 < 1 << 31);
     }

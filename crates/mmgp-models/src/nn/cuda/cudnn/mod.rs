@@ -1,12 +1,14 @@
-//! [Scaled dot-product attention](https://docs.nvidia.com/deeplearning/cudnn/backend/latest/operations/Attention.html)
-//! by NVIDIA's cuDNN, where it is installed.
+//! NVIDIA's [cuDNN](https://docs.nvidia.com/deeplearning/cudnn/backend/latest/), where it is installed.
 //!
 //! The library is opened when it is first asked for, so that programs start without it, and asked by its backend
-//! interface, whose numbers stand here as its headers have them. The operation reads queries, keys and values
-//! wherever they lie, also within the rows of a joined projection, and holds no scores in memory.
+//! interface, whose numbers stand here as its headers have them: a graph of one operation is described, the
+//! library offers engines for it, the best first, and makes a plan of one.
 //!
-//! How a shape is computed is a plan. The library makes it in about 0.1 s, and again from nothing when it is
-//! asked again, so plans are kept for the life of the process.
+//! A plan takes up to 0.1 s, and again from nothing when it is asked for again, so plans are kept for the life of
+//! the process, by all that they depend on.
+
+mod attention;
+mod convolution;
 
 use std::{
     collections::{HashMap, hash_map::Entry},
@@ -15,22 +17,26 @@ use std::{
     sync::OnceLock,
 };
 
-use candle_core::{DType, Device, Result, Tensor, bail, cuda_backend::WrapErr};
-use half::{bf16, f16};
+use candle_core::{
+    CudaDevice, DType, Result,
+    cuda_backend::{WrapErr, cudarc::driver::CudaStream},
+};
 use parking_lot::Mutex;
 
-use super::launch::{Element, Fresh, Scratch, held_to};
+use super::launch::Scratch;
+
+pub(super) use self::{attention::attention, convolution::Convolution};
 
 /// The names that the library has, first those that are tried first.
 const NAMES: [&str; 3] = ["libcudnn.so.9", "libcudnn.so", "cudnn64_9.dll"];
 /// The path of the library where the loader does not find it.
 const PATH: &str = "MMGP_CUDNN";
-/// 9.13.1, the first version that has the operation.
+/// 9.13.1, the first version that has attention as one operation.
 const OLDEST: usize = 91_301;
-/// The widest heads that it computes.
-const WIDEST: usize = 256;
-/// The bytes of a vector, at which rows begin.
+/// The bytes of a vector, at which operands begin.
 const VECTOR: usize = 16;
+/// Engines that want more memory beside the operands are not taken.
+const WORKSPACE: u64 = 64 << 20;
 
 type Raw = *mut c_void;
 
@@ -40,16 +46,20 @@ mod kind {
     pub(super) const DATA_TYPE: i32 = 1;
     pub(super) const BOOLEAN: i32 = 2;
     pub(super) const INT64: i32 = 3;
+    pub(super) const FLOAT: i32 = 4;
     pub(super) const POINTER: i32 = 6;
+    pub(super) const CONVOLUTION_MODE: i32 = 7;
     pub(super) const HEURISTIC: i32 = 8;
     pub(super) const DESCRIPTOR: i32 = 15;
 }
 
 /// What descriptors describe.
 mod of {
+    pub(super) const CONVOLUTION: i32 = 1;
     pub(super) const ENGINE: i32 = 3;
     pub(super) const HEURISTICS: i32 = 4;
     pub(super) const PLAN: i32 = 5;
+    pub(super) const CONVOLVE: i32 = 10;
     pub(super) const GRAPH: i32 = 15;
     pub(super) const VARIANT: i32 = 16;
     pub(super) const TENSOR: i32 = 17;
@@ -58,12 +68,25 @@ mod of {
 
 /// The attributes of descriptors.
 mod attribute {
+    pub(super) const CONVOLUTION_DTYPE: i32 = 100;
+    pub(super) const CONVOLUTION_MODE: i32 = 101;
+    pub(super) const CONVOLUTION_DILATIONS: i32 = 102;
+    pub(super) const CONVOLUTION_STRIDES: i32 = 103;
+    pub(super) const CONVOLUTION_BEHIND: i32 = 104;
+    pub(super) const CONVOLUTION_BEFORE: i32 = 105;
+    pub(super) const CONVOLUTION_DIMS: i32 = 106;
     pub(super) const HEURISTICS_MODE: i32 = 200;
     pub(super) const HEURISTICS_GRAPH: i32 = 201;
     pub(super) const HEURISTICS_RESULTS: i32 = 202;
     pub(super) const PLAN_HANDLE: i32 = 400;
     pub(super) const PLAN_ENGINE: i32 = 401;
     pub(super) const PLAN_WORKSPACE: i32 = 402;
+    pub(super) const CONVOLVE_ALPHA: i32 = 700;
+    pub(super) const CONVOLVE_BETA: i32 = 701;
+    pub(super) const CONVOLVE_HOW: i32 = 702;
+    pub(super) const CONVOLVE_W: i32 = 703;
+    pub(super) const CONVOLVE_X: i32 = 704;
+    pub(super) const CONVOLVE_Y: i32 = 705;
     pub(super) const GRAPH_HANDLE: i32 = 800;
     pub(super) const GRAPH_OPERATIONS: i32 = 801;
     pub(super) const TENSOR_ALIGNMENT: i32 = 900;
@@ -103,6 +126,9 @@ enum Refusal {
     /// It should have.
     Failed(String),
 }
+
+/// What the library answers.
+type Answer<T> = std::result::Result<T, Refusal>;
 
 impl fmt::Display for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -164,7 +190,7 @@ impl Library {
         Ok(functions)
     }
 
-    fn held(&self, status: i32, doing: &str) -> std::result::Result<(), Refusal> {
+    fn held(&self, status: i32, doing: &str) -> Answer<()> {
         if status == 0 {
             return Ok(());
         }
@@ -190,7 +216,7 @@ struct Descriptor {
 }
 
 impl Descriptor {
-    fn new(library: &'static Library, what: i32) -> std::result::Result<Self, Refusal> {
+    fn new(library: &'static Library, what: i32) -> Answer<Self> {
         let mut raw = ptr::null_mut();
         // SAFETY: the place is one for a pointer.
         let status = unsafe { (library.create_descriptor)(what, &mut raw) };
@@ -199,7 +225,7 @@ impl Descriptor {
     }
 
     /// Sets an attribute whose values are `T`, as attributes of `kind` are.
-    fn set<T>(&self, name: i32, kind: i32, values: &[T]) -> std::result::Result<(), Refusal> {
+    fn set<T>(&self, name: i32, kind: i32, values: &[T]) -> Answer<()> {
         let values = (values.len() as i64, values.as_ptr().cast());
         // SAFETY: the library reads that many values of the type that attributes of this kind have.
         let status =
@@ -208,12 +234,12 @@ impl Descriptor {
     }
 
     /// Sets an attribute to other descriptors, which must outlive this one's use.
-    fn refer(&self, name: i32, to: &[&Descriptor]) -> std::result::Result<(), Refusal> {
+    fn refer(&self, name: i32, to: &[&Descriptor]) -> Answer<()> {
         let raw: Vec<Raw> = to.iter().map(|d| d.raw).collect();
         self.set(name, kind::DESCRIPTOR, &raw)
     }
 
-    fn finalized(self, what: &str) -> std::result::Result<Self, Refusal> {
+    fn finalized(self, what: &str) -> Answer<Self> {
         // SAFETY: a descriptor that the library made.
         let status = unsafe { (self.library.finalize)(self.raw) };
         self.library.held(status, what)?;
@@ -228,6 +254,57 @@ impl Drop for Descriptor {
     }
 }
 
+/// An operand in memory: its dimensions in the library's order, and how many values each goes on by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Lies {
+    dims: [i64; 4],
+    strides: [i64; 4],
+}
+
+/// What the library calls a dtype.
+fn number_of(dtype: DType) -> i32 {
+    match dtype {
+        DType::F32 => 0,
+        DType::F16 => 2,
+        _ => 9, // bf16
+    }
+}
+
+impl Lies {
+    /// The operand that is called `id` in its graph.
+    fn described(self, library: &'static Library, id: i64, dtype: DType) -> Answer<Descriptor> {
+        self.tensor(library, id, dtype)?.finalized("tensor")
+    }
+
+    fn tensor(self, library: &'static Library, id: i64, dtype: DType) -> Answer<Descriptor> {
+        let tensor = Descriptor::new(library, of::TENSOR)?;
+        tensor.set(attribute::TENSOR_TYPE, kind::DATA_TYPE, &[number_of(dtype)])?;
+        tensor.set(attribute::TENSOR_DIMS, kind::INT64, &self.dims)?;
+        tensor.set(attribute::TENSOR_STRIDES, kind::INT64, &self.strides)?;
+        tensor.set(attribute::TENSOR_ID, kind::INT64, &[id])?;
+        tensor.set(attribute::TENSOR_ALIGNMENT, kind::INT64, &[VECTOR as i64])?;
+        Ok(tensor)
+    }
+}
+
+/// All that a plan depends on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Key {
+    Attention(attention::Attention),
+    Convolution(Convolution),
+}
+
+impl Key {
+    /// The operation, and what it refers to, which must live as long. Operands are called 1, 2 and so on, in the
+    /// order in which their addresses are given.
+    fn described(&self, library: &'static Library) -> Answer<(Descriptor, Vec<Descriptor>)> {
+        match self {
+            Self::Attention(attention) => attention.described(library),
+            Self::Convolution(convolution) => convolution.described(library),
+        }
+    }
+}
+
 /// How one shape is computed.
 struct Plan {
     plan: Descriptor,
@@ -237,19 +314,11 @@ struct Plan {
     _graph: Vec<Descriptor>,
 }
 
-/// A shape that is computed: dtype, then `[batch, heads, tokens, dim]` and strides of each operand.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-struct Shape {
-    dtype: DType,
-    /// Queries, keys, values, result.
-    operands: [([i64; 4], [i64; 4]); 4],
-}
-
 /// The library's handle on a GPU, and the plans that were made there, `None` where it has none.
 struct Engine {
     library: &'static Library,
     handle: Raw,
-    plans: HashMap<Shape, Option<Plan>>,
+    plans: HashMap<Key, Option<Plan>>,
 }
 
 // SAFETY: handle and descriptors may be used by any thread, one at a time: engines are used under a lock.
@@ -262,20 +331,20 @@ fn engines() -> &'static Mutex<HashMap<usize, Engine>> {
 }
 
 impl Engine {
-    fn new(library: &'static Library) -> std::result::Result<Self, Refusal> {
+    fn new(library: &'static Library) -> Answer<Self> {
         let mut handle = ptr::null_mut();
         // SAFETY: the place is one for a pointer; the caller made the context current.
         library.held(unsafe { (library.create)(&mut handle) }, "handle")?;
         Ok(Self { library, handle, plans: HashMap::new() })
     }
 
-    fn plan(&mut self, shape: Shape) -> std::result::Result<Option<&Plan>, Refusal> {
-        let made = match self.plans.entry(shape) {
+    fn plan(&mut self, key: Key) -> Answer<Option<&Plan>> {
+        let made = match self.plans.entry(key) {
             Entry::Occupied(made) => made.into_mut(),
-            Entry::Vacant(place) => match Plan::new(self.library, self.handle, &shape) {
+            Entry::Vacant(place) => match Plan::new(self.library, self.handle, &key) {
                 Ok(plan) => place.insert(Some(plan)),
                 Err(Refusal::Unsupported(why)) => {
-                    tracing::info!("attention of {shape:?} is computed in chunks: {why}");
+                    tracing::info!("not by cuDNN: {key:?}: {why}");
                     place.insert(None)
                 }
                 Err(failed) => return Err(failed),
@@ -286,44 +355,9 @@ impl Engine {
 }
 
 impl Plan {
-    fn new(
-        library: &'static Library,
-        handle: Raw,
-        shape: &Shape,
-    ) -> std::result::Result<Self, Refusal> {
+    fn new(library: &'static Library, handle: Raw, key: &Key) -> Answer<Self> {
         use self::attribute as a;
-        let tensor = |id: usize, dtype: i32, (dims, strides): ([i64; 4], [i64; 4])| {
-            let tensor = Descriptor::new(library, of::TENSOR)?;
-            tensor.set(a::TENSOR_TYPE, kind::DATA_TYPE, &[dtype])?;
-            tensor.set(a::TENSOR_DIMS, kind::INT64, &dims)?;
-            tensor.set(a::TENSOR_STRIDES, kind::INT64, &strides)?;
-            tensor.set(a::TENSOR_ID, kind::INT64, &[IDS[id]])?;
-            tensor.set(a::TENSOR_ALIGNMENT, kind::INT64, &[VECTOR as i64])?;
-            if id == SCALE {
-                tensor.set(a::TENSOR_BY_VALUE, kind::BOOLEAN, &[1u8])?;
-            }
-            tensor.finalized("tensor")
-        };
-        let dtype = if shape.dtype == DType::F16 { 2 } else { 9 };
-        let [q, k, v, o] = shape.operands;
-        let (q, k, v, o) = (
-            tensor(0, dtype, q)?,
-            tensor(1, dtype, k)?,
-            tensor(2, dtype, v)?,
-            tensor(3, dtype, o)?,
-        );
-        let scale = tensor(SCALE, 0, ([1; 4], [1; 4]))?;
-        let operation = Descriptor::new(library, of::ATTENTION)?;
-        for (name, tensor) in [
-            (a::ATTENTION_Q, &q),
-            (a::ATTENTION_K, &k),
-            (a::ATTENTION_V, &v),
-            (a::ATTENTION_O, &o),
-            (a::ATTENTION_SCALE, &scale),
-        ] {
-            operation.refer(name, &[tensor])?;
-        }
-        let operation = operation.finalized("attention")?;
+        let (operation, parts) = key.described(library)?;
         let graph = Descriptor::new(library, of::GRAPH)?;
         graph.set(a::GRAPH_HANDLE, kind::HANDLE, &[handle])?;
         graph.refer(a::GRAPH_OPERATIONS, &[&operation])?;
@@ -334,9 +368,8 @@ impl Plan {
         // Mode A, which knows shapes best.
         heuristics.set(a::HEURISTICS_MODE, kind::HEURISTIC, &[3i32])?;
         let heuristics = heuristics.finalized("heuristics")?;
-        let engines = (0..16)
-            .map(|_| Descriptor::new(library, of::ENGINE))
-            .collect::<std::result::Result<Vec<_>, _>>()?;
+        let engines: Vec<Descriptor> =
+            (0..16).map(|_| Descriptor::new(library, of::ENGINE)).collect::<Answer<_>>()?;
         let mut raw: Vec<Raw> = engines.iter().map(|engine| engine.raw).collect();
         let mut found = 0i64;
         // SAFETY: there is room for as many descriptors as are asked for.
@@ -352,7 +385,7 @@ impl Plan {
         };
         library.held(status, "heuristics")?;
         // The best comes first.
-        let mut refusal = Refusal::Unsupported("cuDNN has no engine for it".into());
+        let mut refusal = Refusal::Unsupported("no engine is offered".into());
         for engine in engines.into_iter().take(found.max(0) as usize) {
             let plan = Descriptor::new(library, of::PLAN)?;
             plan.set(a::PLAN_HANDLE, kind::HANDLE, &[handle])?;
@@ -378,120 +411,87 @@ impl Plan {
                 )
             };
             library.held(status, "workspace")?;
-            let graph = vec![engine, heuristics, graph, operation, q, k, v, o, scale];
-            return Ok(Self { plan, workspace: workspace.max(0) as u64, _graph: graph });
+            let workspace = workspace.max(0) as u64;
+            if workspace > WORKSPACE {
+                refusal = Refusal::Unsupported(format!("it wants {workspace} bytes beside"));
+                continue;
+            }
+            let mut graph = vec![engine, heuristics, graph, operation];
+            graph.extend(parts);
+            return Ok(Self { plan, workspace, _graph: graph });
         }
         Err(refusal)
     }
 
-    /// Queues it. Addresses are those of queries, keys, values and the result.
+    /// Queues it.
     ///
     /// # Safety
-    /// They are where the plan's shape says, and stay until what is queued is over.
-    unsafe fn execute(
-        &self,
-        handle: Raw,
-        addresses: [u64; 4],
-        scale: f32,
-        workspace: u64,
-    ) -> std::result::Result<(), Refusal> {
+    /// `operands` are where the plan's operands lie, in their order, and stay until what is queued is over.
+    unsafe fn execute(&self, handle: Raw, operands: &[Raw], workspace: u64) -> Answer<()> {
         use self::attribute as a;
         let library = self.plan.library;
-        let [q, k, v, o] = addresses.map(|address| address as Raw);
         let pack = Descriptor::new(library, of::VARIANT)?;
-        pack.set(a::VARIANT_IDS, kind::INT64, &IDS)?;
-        let pointers = [q, k, v, o, (&raw const scale).cast_mut().cast()];
-        pack.set(a::VARIANT_POINTERS, kind::POINTER, &pointers)?;
+        let ids: Vec<i64> = (1..=operands.len() as i64).collect();
+        pack.set(a::VARIANT_IDS, kind::INT64, &ids)?;
+        pack.set(a::VARIANT_POINTERS, kind::POINTER, operands)?;
         pack.set(a::VARIANT_WORKSPACE, kind::POINTER, &[workspace as Raw])?;
         let pack = pack.finalized("variant")?;
-        // SAFETY: handle, plan and pack belong together; the scale is read before this returns.
+        // SAFETY: handle, plan and pack belong together; the caller vouches for the addresses.
         let status = unsafe { (library.execute)(handle, self.plan.raw, pack.raw) };
-        library.held(status, "attention")
+        library.held(status, "execution")
     }
 }
 
-/// The numbers that operands have within a graph: queries, keys, values, result, scale.
-const IDS: [i64; 5] = [1, 2, 3, 4, 5];
-/// The place of the scale among them.
-const SCALE: usize = 4;
+/// Calls `with` with the engine of the stream's context and its plan for `key`; `None` where there is none.
+fn planned<R>(
+    stream: &CudaStream,
+    key: Key,
+    with: impl FnOnce(Raw, &'static Library, &Plan) -> Result<R>,
+) -> Result<Option<R>> {
+    let Ok(library) = Library::get() else { return Ok(None) };
+    let failed = |refusal: Refusal| candle_core::Error::msg(refusal);
+    stream.context().bind_to_thread().w()?;
+    let mut engines = engines().lock();
+    let engine = match engines.entry(stream.context().cu_ctx() as usize) {
+        Entry::Occupied(engine) => engine.into_mut(),
+        Entry::Vacant(place) => place.insert(Engine::new(library).map_err(failed)?),
+    };
+    let handle = engine.handle;
+    let plan = engine.plan(key).map_err(failed)?;
+    plan.map(|plan| with(handle, library, plan)).transpose()
+}
+
+/// Whether the library computes `key` on the stream's GPU.
+fn offers(stream: &CudaStream, key: Key) -> Result<bool> {
+    Ok(planned(stream, key, |_, _, _| Ok(()))?.is_some())
+}
+
+/// Queues `key`; `false` where the library does not compute it.
+///
+/// # Safety
+/// `operands` lie as `key` says, in its order, within memory that is theirs and ordered by `stream`, which is
+/// `device`'s. What is on the host is read before this returns.
+unsafe fn queue(
+    device: &CudaDevice,
+    stream: &CudaStream,
+    key: Key,
+    operands: &[Raw],
+) -> Result<bool> {
+    let done = planned(stream, key, |handle, library, plan| {
+        let failed = |refusal: Refusal| candle_core::Error::msg(refusal);
+        // SAFETY: candle's stream, of the context that the handle was made in.
+        let status = unsafe { (library.set_stream)(handle, stream.cu_stream().cast()) };
+        library.held(status, "stream").map_err(failed)?;
+        // It goes back behind what is queued here.
+        let workspace = Scratch::new(device, plan.workspace.div_ceil(4).max(1))?;
+        // SAFETY: handed on to the caller.
+        unsafe { plan.execute(handle, operands, workspace.address(device)) }.map_err(failed)
+    })?;
+    Ok(done.is_some())
+}
 
 /// The version of the library that is used; why none is.
 pub(super) fn version() -> std::result::Result<usize, &'static str> {
     // SAFETY: it takes nothing.
     Library::get().map(|library| unsafe { (library.version)() })
-}
-
-/// softmax(q · kᵀ · scale) · v with the heads merged, as [`attention`](crate::nn::attention) has it without
-/// biases; `None` for what the library does not compute.
-pub(super) fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> Result<Option<Tensor>> {
-    match q.dtype() {
-        DType::BF16 => attend::<bf16>(q, k, v, scale),
-        DType::F16 => attend::<f16>(q, k, v, scale),
-        _ => Ok(None),
-    }
-}
-
-fn attend<T: Element>(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> Result<Option<Tensor>> {
-    let (Ok(library), Device::Cuda(device)) = (Library::get(), q.device()) else {
-        return Ok(None);
-    };
-    let (batch, heads, queries, dim) = q.dims4()?;
-    let (_, groups, keys, _) = k.dims4()?;
-    let fits = k.dims() == v.dims() && k.dim(0)? == batch && k.dim(3)? == dim;
-    let whole = dim.is_multiple_of(VECTOR / size_of::<T>()) && dim <= WIDEST;
-    if !fits || groups != heads || !whole || q.elem_count() == 0 || keys == 0 {
-        return Ok(None);
-    }
-    let (q, k, v) = (vectors::<T>(q)?, vectors::<T>(k)?, vectors::<T>(v)?);
-    let inputs = [Some(&q), Some(&k), Some(&v)];
-    held_to::<T>(&inputs)?;
-    let mut out = Fresh::<T>::new(&q, (batch * queries * heads * dim) as u64)?;
-    let [b, h, s, d] = [batch, heads, queries, dim].map(|n| n as i64);
-    let merged = ([b, h, s, d], [s * h * d, d, h * d, 1]);
-    let shape = Shape { dtype: T::DTYPE, operands: [lies(&q), lies(&k), lies(&v), merged] };
-
-    let mut engines = engines().lock();
-    let done = out.queue(&inputs, |stream, inputs, out| {
-        stream.context().bind_to_thread().w()?;
-        let failed = |refusal: Refusal| candle_core::Error::msg(refusal);
-        let engine = match engines.entry(stream.context().cu_ctx() as usize) {
-            Entry::Occupied(engine) => engine.into_mut(),
-            Entry::Vacant(place) => place.insert(Engine::new(library).map_err(failed)?),
-        };
-        let handle = engine.handle;
-        let Some(plan) = engine.plan(shape).map_err(failed)? else {
-            return Ok(false);
-        };
-        // SAFETY: candle's stream, of the context that the handle was made in.
-        let status = unsafe { (library.set_stream)(handle, stream.cu_stream().cast()) };
-        library.held(status, "stream").map_err(failed)?;
-        let workspace = Scratch::new(device, plan.workspace.div_ceil(4).max(1))?;
-        let &[q, k, v] = inputs else { bail!("attention: operands without addresses") };
-        // SAFETY: the operands lie as `shape` says, locked and held to the memory that they have; the workspace
-        // goes back behind what is queued here.
-        unsafe { plan.execute(handle, [q, k, v, out], scale as f32, workspace.address(device)) }
-            .map_err(failed)?;
-        Ok(true)
-    })?;
-    Ok(done.then(|| out.tensor((batch, queries, heads * dim))))
-}
-
-/// `t` where its rows are vectors that begin where vectors may: as it is, or a copy.
-fn vectors<T: Element>(t: &Tensor) -> Result<Tensor> {
-    let each = VECTOR / size_of::<T>();
-    let strides = t.stride();
-    let apart = t.dims().iter().zip(strides).take(3);
-    let regular = strides[3] == 1
-        && t.layout().start_offset().is_multiple_of(each)
-        && apart.clone().all(|(&n, stride)| n == 1 || (*stride > 0 && stride.is_multiple_of(each)));
-    if regular { Ok(t.clone()) } else { t.force_contiguous() }
-}
-
-/// The dimensions and strides of four dimensions.
-fn lies(t: &Tensor) -> ([i64; 4], [i64; 4]) {
-    let (mut dims, mut strides) = ([0; 4], [0; 4]);
-    for (at, (&n, &stride)) in t.dims().iter().zip(t.stride()).enumerate().take(4) {
-        (dims[at], strides[at]) = (n as i64, stride as i64);
-    }
-    (dims, strides)
 }
