@@ -113,7 +113,8 @@ fn cuda(ordinal: usize, gpu: &GpuUse) -> mmgp_residency::Result<Opened> {
         use mmgp_models::nn::cuda as nn;
         let driver = driver.as_deref();
         let library = mmgp_quant::product_library().to_le_bytes();
-        let tested = [mmgp_quant::kernel_image(), &library];
+        let [int8, w8a8, hopper] = mmgp_quant::kernel_images();
+        let tested = [int8, w8a8, hopper, &library];
         self_test(&card, driver, &tested, || mmgp_quant::self_test(device))?;
         match self_test(&card, driver, &[nn::kernel_image()], || nn::self_test(device)) {
             Ok(()) => nn::enable(device),
