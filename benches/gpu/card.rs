@@ -104,6 +104,11 @@ impl Card {
         gpu_name(self.device()).unwrap_or_else(|| "host".into())
     }
 
+    /// What is in use of the card's memory now, by anyone, if it has memory of its own.
+    pub(crate) fn used(&self) -> Option<u64> {
+        used(self.device())
+    }
+
     /// Begins to watch how much of the card's memory is in use, by anyone.
     pub(crate) fn watch(&self) -> Watch {
         let (peak, over) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
@@ -178,9 +183,19 @@ fn gpu_name(_: &Device) -> Option<String> {
 
 /// The version of NVIDIA's driver, if its tool is there to tell.
 pub(crate) fn driver() -> Option<String> {
+    told("driver_version")
+}
+
+/// What is in use of the card's memory as the driver's tool tells it, which is what other programs read.
+pub(crate) fn used_as_told() -> Option<u64> {
+    let mib: u64 = told("memory.used")?.strip_suffix(" MiB")?.parse().ok()?;
+    Some(mib << 20)
+}
+
+fn told(what: &str) -> Option<String> {
     let mut ask = Command::new("nvidia-smi");
-    ask.args(["--query-gpu=driver_version", "--format=csv,noheader"]);
+    ask.args([&format!("--query-gpu={what}"), "--format=csv,noheader"]);
     let told = ask.output().ok().filter(|told| told.status.success())?;
-    let version = String::from_utf8(told.stdout).ok()?.lines().next()?.trim().to_string();
-    (!version.is_empty()).then_some(version)
+    let told = String::from_utf8(told.stdout).ok()?.lines().next()?.trim().to_string();
+    (!told.is_empty()).then_some(told)
 }

@@ -11,32 +11,52 @@ use crate::{row::Row, rows::Form};
 /// What rows without a ring and without a limit on the link are called.
 pub(crate) const PLAIN: &str = "mmgp";
 
-const WIDTH: f64 = 860.;
+pub(crate) const BF16: &str = "#0b62a4";
+pub(crate) const INT8: &str = "#c2571a";
+
+pub(crate) const WIDTH: f64 = 860.;
 const HEIGHT: f64 = 500.;
 const LEFT: f64 = 70.;
-const RIGHT: f64 = 190.;
-const TOP: f64 = 50.;
+pub(crate) const RIGHT: f64 = 190.;
+pub(crate) const TOP: f64 = 50.;
 const BOTTOM: f64 = 60.;
 
 /// Where figures are on the picture.
-struct Axes {
+pub(crate) struct Axes {
     gb: f64,
     seconds: f64,
+    /// The part of the width that bytes have; what is resident stands at the right edge.
+    part: f64,
 }
 
 impl Axes {
-    fn x(&self, budget: Option<u64>) -> f64 {
+    /// Axes that hold so much, and more than nothing.
+    pub(crate) fn new(gb: f64, seconds: f64, part: f64) -> Self {
+        let some = |value: f64| if value > 0. { value } else { 1. };
+        Self { gb: some(gb * 1.03), seconds: some(seconds * 1.08), part }
+    }
+
+    pub(crate) fn x(&self, bytes: Option<u64>) -> f64 {
         let width = WIDTH - LEFT - RIGHT;
-        match budget {
-            // The last eighth is for what is resident.
-            Some(bytes) => LEFT + bytes as f64 / 1e9 / self.gb * width * 7. / 8.,
+        match bytes {
+            Some(bytes) => LEFT + bytes as f64 / 1e9 / self.gb * width * self.part,
             None => LEFT + width,
         }
     }
 
-    fn y(&self, seconds: f64) -> f64 {
+    pub(crate) fn y(&self, seconds: f64) -> f64 {
         HEIGHT - BOTTOM - seconds / self.seconds * (HEIGHT - TOP - BOTTOM)
     }
+}
+
+/// The beginning of a picture, and its title.
+pub(crate) fn head(title: &str) -> String {
+    format!(
+        r##"<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="13" fill="#222">
+<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>
+<text x="{LEFT}" y="28" font-size="16">{title}</text>
+"##
+    )
 }
 
 /// The picture; without rows to draw it shows empty axes.
@@ -51,17 +71,19 @@ pub(crate) fn svg(rows: &[Row]) -> String {
     let seconds = largest(
         drawn.iter().flat_map(|r| [r.step_s, r.bound_s, r.schedule_s.unwrap_or(0.)]).collect(),
     );
-    let whole = |value: f64| if value > 0. { value } else { 1. };
-    let axes = Axes { gb: whole(gb * 1.03), seconds: whole(seconds * 1.08) };
+    // The last eighth is for what is resident.
+    let axes = Axes::new(gb, seconds, 7. / 8.);
 
-    let mut out = format!(
-        r##"<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="13" fill="#222">
-<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>
-<text x="{LEFT}" y="28" font-size="16">Seconds per step against the budget for weights, {tokens} tokens</text>
-"##
+    let title = format!("Seconds per step against the budget for weights, {tokens} tokens");
+    let mut out = head(&title);
+    grid(&mut out, &axes, "budget, GB");
+    let _ = writeln!(
+        out,
+        r#"<text x="{:.1}" y="{}" text-anchor="middle">resident</text>"#,
+        axes.x(None),
+        HEIGHT - BOTTOM + 20.
     );
-    grid(&mut out, &axes);
-    for (form, colour) in [(Form::Bf16, "#0b62a4"), (Form::Int8, "#c2571a")] {
+    for (form, colour) in [(Form::Bf16, BF16), (Form::Int8, INT8)] {
         let rows: Vec<&Row> = drawn.iter().copied().filter(|row| row.form == form).collect();
         for (style, value) in [
             (
@@ -102,7 +124,8 @@ fn line(
     }
 }
 
-fn grid(out: &mut String, axes: &Axes) {
+/// Axes with round figures; what is shown to the right is said below.
+pub(crate) fn grid(out: &mut String, axes: &Axes, below: &str) {
     let (bottom, right) = (HEIGHT - BOTTOM, WIDTH - RIGHT);
     for at in ticks(axes.seconds) {
         let y = axes.y(at);
@@ -121,14 +144,11 @@ fn grid(out: &mut String, axes: &Axes) {
             bottom + 20.
         );
     }
-    let x = axes.x(None);
     let _ = writeln!(
         out,
-        r##"<text x="{x:.1}" y="{}" text-anchor="middle">resident</text>
-<path d="M{LEFT} {TOP}V{bottom}H{right}" fill="none" stroke="#222"/>
-<text x="{:.1}" y="{}" text-anchor="middle">budget, GB</text>
+        r##"<path d="M{LEFT} {TOP}V{bottom}H{right}" fill="none" stroke="#222"/>
+<text x="{:.1}" y="{}" text-anchor="middle">{below}</text>
 <text x="18" y="{:.1}" transform="rotate(-90 18 {:.1})" text-anchor="middle">s</text>"##,
-        bottom + 20.,
         (LEFT + right) / 2.,
         bottom + 44.,
         (TOP + bottom) / 2.,
@@ -147,8 +167,8 @@ fn legend(out: &mut String) {
             y + 4.
         );
     };
-    entry(0, "#0b62a4", "stroke-width=\"2\"", "bf16, step");
-    entry(1, "#c2571a", "stroke-width=\"2\"", "int8, step");
+    entry(0, BF16, "stroke-width=\"2\"", "bf16, step");
+    entry(1, INT8, "stroke-width=\"2\"", "int8, step");
     entry(2, "#222", "stroke-dasharray=\"2 3\"", "schedule");
     entry(3, "#222", "stroke-dasharray=\"7 4\"", "bound");
 }
@@ -164,12 +184,12 @@ fn ticks(most: f64) -> Vec<f64> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::row::tests::row;
 
     /// Checks that tags open and close in order and attributes are quoted; counts elements by name.
-    fn elements(svg: &str) -> std::collections::BTreeMap<String, usize> {
+    pub(crate) fn elements(svg: &str) -> std::collections::BTreeMap<String, usize> {
         let mut open = Vec::new();
         let mut found = std::collections::BTreeMap::new();
         for tag in svg.split('<').skip(1) {

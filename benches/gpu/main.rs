@@ -4,26 +4,29 @@
 //! A row names a form of the weights, a budget, a number of tokens and a limit on the link. Its steps
 //! alternate with those of a model that has all its weights on the card, in one process; each output is
 //! compared with that model's, bit by bit. `cargo xtask bench --gpu` builds and runs this, and
-//! `cargo xtask bundle` packs it. Without a GPU it runs on the host, at a size that a test can bear.
+//! `cargo xtask bundle` packs it. With `--alone` and `--peers` it is a part of the comparison with other
+//! systems that `benches/peers/compare.py` runs. Without a GPU it runs on the host, at a size that a test can bear.
 #![forbid(unsafe_code)]
 
 mod card;
 mod chart;
 mod files;
 mod measure;
+mod peers;
 mod results;
 mod row;
 mod rows;
+mod single;
 
 use std::{
     env, fs,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::ExitCode,
     str::FromStr,
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use clap::Parser;
 use mmgp_models::flux::FluxConfig;
 use mmgp_residency::{Budget, Bytes};
@@ -86,6 +89,12 @@ struct Cli {
     /// Keep the rows that an earlier run of the same commit left in --out, and measure the others
     #[arg(long)]
     resume: bool,
+    /// Instead, one row of --budgets in which nothing else is on the card, as JSON in this file
+    #[arg(long, value_name = "FILE", requires = "budgets", conflicts_with = "resume")]
+    alone: Option<PathBuf>,
+    /// Instead, a table and a picture of what benches/peers/compare.py left in this file
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["quick", "all", "budgets", "resume"])]
+    peers: Option<PathBuf>,
     /// The commit that this was built from, for the header; MMGP_COMMIT by default
     #[arg(long)]
     commit: Option<String>,
@@ -166,7 +175,13 @@ fn main() -> ExitCode {
         .with_max_level(tracing_subscriber::filter::LevelFilter::WARN)
         .with_writer(std::io::stderr)
         .init();
-    match run(&Cli::parse()) {
+    let cli = Cli::parse();
+    let done = match (&cli.peers, &cli.alone) {
+        (Some(lines), _) => peers::write(lines, &cli.out).map(|()| true),
+        (_, Some(to)) => alone(&cli, to).map(|()| true),
+        _ => run(&cli),
+    };
+    match done {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
@@ -174,6 +189,19 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Measures the one row that is asked for, in a process of its own.
+fn alone(cli: &Cli, to: &Path) -> Result<()> {
+    let requests = cli.requests();
+    let [request] = requests.as_slice() else {
+        bail!("--alone takes one row: one each of --forms, --budgets, --image, --links and --ways");
+    };
+    let config = cli.config()?;
+    let files = Files::new(cli.dir.as_deref(), &config)?;
+    let row = single::measure(&files, &config, cli.device.0, request, cli.text)?;
+    let text = serde_json::to_string(&row)?;
+    fs::write(to, text).with_context(|| format!("{}", to.display()))
 }
 
 /// Measures the rows; whether all could be and had the resident run's bytes.
@@ -321,7 +349,15 @@ mod tests {
         let own = cli(own).requests();
         assert!(own.len() == 8 && own.iter().all(|row| row.way == Way::Pinned));
         assert_eq!((own[0].image, own[7].image), (16, 64));
-        for wrong in ["--budgets some", "--links 0", "--image 5", "--depth 3", "--quick --all"] {
+        for wrong in [
+            "--budgets some",
+            "--links 0",
+            "--image 5",
+            "--depth 3",
+            "--quick --all",
+            "--alone x",
+            "--peers x --quick",
+        ] {
             let args = ["bench"].into_iter().chain(wrong.split_whitespace());
             assert!(Cli::try_parse_from(args).is_err(), "{wrong}");
         }

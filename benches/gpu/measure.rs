@@ -229,6 +229,7 @@ impl Session {
             same_bytes,
             schedule_ratio: schedule_s.map(|schedule| step_s / schedule),
             schedule_best_s: forecast.as_ref().map(|forecast| forecast.best),
+            own_ms: pager.report().models.iter().map(|m| m.own.as_secs_f64()).sum::<f64>() * 1e3,
             host_ms: timed.seconds(timed.host) * 1e3,
             slots: plan.streaming_slots(),
             resident_blocks: plan.residents(),
@@ -264,7 +265,11 @@ pub(crate) enum Alone {
     Measure,
 }
 
-fn model(
+/// The model of a checkpoint, in a pager.
+///
+/// # Errors
+/// A checkpoint of something else.
+pub(crate) fn model(
     pager: &Pager,
     config: &FluxConfig,
     checkpoint: &Arc<Checkpoint>,
@@ -329,7 +334,7 @@ impl Counted {
 }
 
 /// What one step reads.
-struct Inputs {
+pub(crate) struct Inputs {
     hidden_states: Tensor,
     encoder_hidden_states: Tensor,
     pooled_projections: Tensor,
@@ -340,7 +345,16 @@ struct Inputs {
 }
 
 impl Inputs {
-    fn new(config: &FluxConfig, image: usize, text: usize, device: &Device) -> Result<Self> {
+    /// Random, on the device.
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub(crate) fn new(
+        config: &FluxConfig,
+        image: usize,
+        text: usize,
+        device: &Device,
+    ) -> Result<Self> {
         let noise = |seed: u64, tokens: usize, width: usize| {
             Tensor::from_vec(random(tokens * width, seed), (1, tokens, width), device)
         };
@@ -358,7 +372,8 @@ impl Inputs {
         })
     }
 
-    fn borrowed(&self) -> FluxInputs<'_> {
+    /// As a model takes them.
+    pub(crate) fn borrowed(&self) -> FluxInputs<'_> {
         FluxInputs {
             hidden_states: &self.hidden_states,
             encoder_hidden_states: &self.encoder_hidden_states,
@@ -378,7 +393,11 @@ fn grid(tokens: usize) -> (usize, usize) {
     (rows, tokens / rows)
 }
 
-fn bits(output: &Tensor) -> Result<Vec<u32>> {
+/// The bits of a step's output, on the host.
+///
+/// # Errors
+/// Those of the device.
+pub(crate) fn bits(output: &Tensor) -> Result<Vec<u32>> {
     let values = output.flatten_all()?.to_vec1::<f32>()?;
     Ok(values.into_iter().map(f32::to_bits).collect())
 }

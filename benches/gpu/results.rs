@@ -82,6 +82,17 @@ pub(crate) fn record(out: &Path, row: &Row) -> Result<()> {
         .with_context(|| format!("{}", path.display()))
 }
 
+/// Writes a file of a run, as a whole: a run that is killed leaves what it had.
+///
+/// # Errors
+/// A folder that cannot be written to.
+pub(crate) fn put(out: &Path, name: &str, text: &str) -> Result<()> {
+    let (path, part) = (out.join(name), out.join(format!("{name}.part")));
+    fs::write(&part, text)
+        .and_then(|()| fs::rename(&part, &path))
+        .with_context(|| format!("{}", path.display()))
+}
+
 impl Results {
     /// No rows so far.
     pub(crate) fn new(card: String, driver: Option<String>, commit: Option<String>) -> Self {
@@ -117,16 +128,9 @@ impl Results {
     /// # Errors
     /// A folder that cannot be written to.
     pub(crate) fn write(&self, out: &Path) -> Result<()> {
-        let put = |name: &str, text: &str| {
-            // Renamed, so that a run that is killed leaves the rows it had.
-            let (path, part) = (out.join(name), out.join(format!("{name}.part")));
-            fs::write(&part, text).and_then(|()| fs::rename(&part, &path))
-        };
-        let json = serde_json::to_string_pretty(self)?;
-        put("gpu.json", &json)
-            .and_then(|()| put("gpu.md", &self.table()))
-            .and_then(|()| put("gpu.svg", &chart::svg(&self.rows)))
-            .with_context(|| format!("{}", out.display()))
+        put(out, "gpu.json", &serde_json::to_string_pretty(self)?)?;
+        put(out, "gpu.md", &self.table())?;
+        put(out, "gpu.svg", &chart::svg(&self.rows))
     }
 
     /// The rows as markdown.
@@ -145,15 +149,16 @@ impl Results {
              groups of steps back to back. bound = max(resident, streamed / link), with the median of copies of\n\
              the same blocks beside resident steps, or the limit, as link; schedule = what the plan in force\n\
              can reach, from block times; beside copies = resident steps while the streamed blocks are copied; best = the schedule of the best plan of a search 100 times as long.\n\
-             VRAM is all that is in use on the card less the resident model that is compared with, context and\n\
+             pager = of each block, what the pager takes of the computing thread's time at least; with waits = in\n\
+             the mean, with waits for room in the device's queue. VRAM is all that is in use on the card less the resident model that is compared with, context and\n\
              activations included.\n\n",
         );
         out.push_str(
             "| system | tokens | form | budget GB | step s | resident s | beside copies s | bound s | schedule s | best s | / bound \
-             | / schedule | streamed GB | link GB/s | copies | stall ms | pager ms | slots | resident blocks \
+             | / schedule | streamed GB | link GB/s | copies | stall ms | pager ms | with waits ms | slots | resident blocks \
              | VRAM GB | locked GB | RSS GB | load s | same bytes |\n|---|--:|---|",
         );
-        out.push_str(&"--:|".repeat(20));
+        out.push_str(&"--:|".repeat(21));
         out.push_str("---|\n");
         for r in &self.rows {
             let some = |value: Option<f64>, digits: usize| {
@@ -166,7 +171,7 @@ impl Results {
             let _ = writeln!(
                 out,
                 "| {} | {} | {} | {budget} | **{:.4}** | {:.4} | {} | {:.4} | {} | {} | {:.3} | {}{over} | {:.2} \
-                 | {} | {} | {:.1} | {:.2} | {} | {} | {} | {:.2} | {} | {:.1} | {} |",
+                 | {} | {} | {:.1} | {:.2} | {:.2} | {} | {} | {} | {:.2} | {} | {:.1} | {} |",
                 r.system,
                 r.tokens,
                 r.form.name(),
@@ -182,6 +187,7 @@ impl Results {
                 some(r.link_gb_s, 1),
                 r.copies,
                 r.stall_s * 1e3,
+                r.own_ms,
                 r.host_ms,
                 r.slots,
                 r.resident_blocks,

@@ -52,7 +52,9 @@ pub(crate) struct Row {
     pub(crate) schedule_ratio: Option<f64>,
     /// The schedule of the best plan that a search a hundred times as long finds.
     pub(crate) schedule_best_s: Option<f64>,
-    /// What the pager itself takes of the computing thread's time.
+    /// What the pager itself takes of the computing thread's time, of each block the least of its visits.
+    pub(crate) own_ms: f64,
+    /// The same in the mean of steps, with waits for room in the device's queue.
     pub(crate) host_ms: f64,
     /// Slots in which blocks take turns.
     pub(crate) slots: usize,
@@ -173,6 +175,7 @@ pub(crate) mod tests {
             same_bytes: true,
             schedule_ratio: Some(step_s / 0.4),
             schedule_best_s: Some(0.39),
+            own_ms: 0.4,
             host_ms: 0.5,
             slots: 2,
             resident_blocks: 3,
@@ -224,7 +227,7 @@ pub(crate) mod tests {
         let mut expected: Vec<&str> =
             "system workload tokens form budget_bytes link_gb_s load_s step_s \
             resident_s streamed_bytes bound_s schedule_s ratio peak_vram_bytes peak_rss_bytes \
-            locked_bytes copies stall_s same_bytes schedule_ratio schedule_best_s host_ms slots \
+            locked_bytes copies stall_s same_bytes schedule_ratio schedule_best_s own_ms host_ms slots \
             resident_blocks resident_beside_s step_times"
                 .split_whitespace()
                 .collect();

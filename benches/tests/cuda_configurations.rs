@@ -138,7 +138,7 @@ enum Model {
 
 impl Model {
     /// The bits of a pass.
-    fn run(&self, device: &Device) -> Vec<u32> {
+    fn run(&self, device: &Device) -> Result<Vec<u32>, mmgp_models::Error> {
         let noise = |seed, tokens: usize, width: usize| {
             Tensor::from_vec(random(tokens * width, seed), (1, tokens, width), device).unwrap()
         };
@@ -146,7 +146,7 @@ impl Model {
             Self::T5(model) => {
                 let ids: Vec<u32> = (0..TEXT as u32).map(|i| i * 997 % 32_000).collect();
                 let ids = Tensor::from_vec(ids, (1, TEXT), device).unwrap();
-                model.forward(&ids, None).unwrap()
+                model.forward(&ids, None)?
             }
             Self::Flux(model) => {
                 let inputs = FluxInputs {
@@ -158,12 +158,12 @@ impl Model {
                     txt_ids: &latents::text_ids(TEXT, &Device::Cpu).unwrap(),
                     guidance: Some(&Tensor::new(&[3.5f32], device).unwrap()),
                 };
-                model.forward(&inputs).unwrap()
+                model.forward(&inputs)?
             }
         };
         let values = output.flatten_all().unwrap().to_vec1::<f32>().unwrap();
         assert!(values.iter().all(|v| v.is_finite()));
-        values.into_iter().map(f32::to_bits).collect()
+        Ok(values.into_iter().map(f32::to_bits).collect())
     }
 }
 
@@ -214,10 +214,10 @@ impl References {
             let pager = pager.beside().unwrap();
             let mut pair = Pair::new(place, &pager, form);
             pager.plan(Budget::Unlimited).unwrap();
-            all.t5.insert(form, pair.t5.run(&device));
-            all.flux.insert((form, false), pair.flux.run(&device));
+            all.t5.insert(form, pair.t5.run(&device).unwrap());
+            all.flux.insert((form, false), pair.flux.run(&device).unwrap());
             assert!(pair.adapt(place));
-            all.flux.insert((form, true), pair.flux.run(&device));
+            all.flux.insert((form, true), pair.flux.run(&device).unwrap());
         }
         let mut distinct: Vec<&Vec<u32>> = all.flux.values().collect();
         distinct.sort();
@@ -331,10 +331,13 @@ fn two_hundred_configurations_have_the_bits_of_the_resident_run() {
                 }
                 let flux = random.below(3) > 0;
                 told.push(if flux { "transformer".into() } else { "encoder".into() });
-                let (bits, expected) = match flux {
+                let (ran, expected) = match flux {
                     true => (pair.flux.run(&device), &references.flux[&(form, adapted)]),
                     false => (pair.t5.run(&device), &references.t5[&form]),
                 };
+                let bits = ran.unwrap_or_else(|e| {
+                    panic!("run {run}, pass {pass}: {e}\n{told:#?}\n{}", pager.report())
+                });
                 assert!(bits == *expected, "run {run}, pass {pass}: other bits\n{told:#?}");
                 passes += 1;
                 // A budget that is the least grows with what is attached.
@@ -376,7 +379,7 @@ fn two_hundred_lives_of_a_model_leave_nothing_behind() {
         let flux = place.model(&pager, "transformer", form, false);
         let least = pager.plan(Budget::Min).unwrap();
         pager.plan(random.budgets(least.minimum, least.weights)).unwrap();
-        flux.run(&device);
+        flux.run(&device).unwrap();
         // What is page-locked is what streams under the plan, in whole pages.
         let plan = pager.plan_in_force().unwrap();
         let model = &plan.models[0];

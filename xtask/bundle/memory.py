@@ -46,8 +46,19 @@ steady = most(story["started"] - 1.5, story["started"])
 least = min(during) - ballast - had
 back = next((at for at, used in card if at > gone and used - ballast >= 0.95 * steady), None)
 after = most(gone, ended)
-times = sorted(float(took) for took in re.findall(r"^step \d+ of \d+: ([0-9.]+) s", text("limited.log"), re.M))
+# When each step ended, and what it took.
+steps = re.findall(r"^([0-9.]+) step \d+ of \d+: ([0-9.]+) s", text("limited.log"), re.M)
+ends = [float(at) for at, _ in steps]
+times = sorted(float(took) for _, took in steps)
 step = times[len(times) // 2]
+
+
+def within_two_steps(since, until):
+    """Whether `until` comes before two steps have ended since."""
+    after = [at for at in ends if at > since]
+    return until is not None and len(after) >= 2 and until <= after[1]
+
+
 result = {
     "limit_bytes": limit,
     "most_bytes_before": before,
@@ -66,9 +77,9 @@ result = {
 }
 result["within_limit"] = max(before, after) <= limit
 result["taken_in_two_steps"] = result["taker_had_bytes"] >= story["wanted"] and (
-    result["taker_waited_s"] <= 2 * step
+    within_two_steps(story["begun"], story["had"])
 )
-result["back_in_two_steps"] = back is not None and result["back_after_s"] <= 2 * step
+result["back_in_two_steps"] = within_two_steps(gone, back)
 result["same_latents"] = (
     result["latents_resident"] is not None
     and result["latents_resident"] == result["latents_limited"]

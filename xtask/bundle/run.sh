@@ -13,15 +13,26 @@
 #
 # shows what the command takes beside others: a pipeline of FLUX.1-dev's and T5-XXL's size, int8, 1024x1024, first
 # with all of the card, then under --vram-limit $LIMIT_GB (6) GB on a card that another process filled but for that
-# and the margin, while a third takes 2.5 GB for a while. Needs Python, 51 GB in $DIR and $STEPS (16) steps of about
-# a second. Leaves memory.json in $OUT, and the samples that it was made of.
+# and the margin, while a third takes 2.5 GB for a while. Needs Python, 51 GB in $DIR and $STEPS (64) steps of about
+# a third of a second. Leaves memory.json in $OUT, and the samples that it was made of.
 #
 #   run.sh --video cogvideox-5b|hunyuanvideo
 #
 # draws a video with a pipeline of that size, int8, under --vram-limit $LIMIT_GB (8) GB: $STEPS (3) steps and the
 # decode, at 720x480 and 49 frames or 960x544 and 61. Then a step of diffusers' with group offloading, where Python has
 # diffusers. Needs 34 or 66 GB in $DIR, which are removed after. Leaves video.json in $OUT, and what it was made of.
+#
+#   run.sh --peers [options of benches/peers/compare.py]
+#
+# takes steps of that FLUX.1-dev in PyTorch, diffusers, Python mmgp and here, in turn, ours at no more VRAM than each of
+# the others took. Needs a Python with them (those that are missing are read from wheels in $WHEELS, which
+# benches/peers/fetch_wheels.sh fetches) and 50 GB in $DIR, which are removed after. Leaves peers.json, peers.md and
+# peers.svg in $OUT; what is missing when --minutes are over, a second call with --resume measures.
 set -uo pipefail
+if [[ "${1:-}" = -h || "${1:-}" = --help ]]; then
+    sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"
+    exit 0
+fi
 
 here=$(cd "$(dirname "$0")" && pwd)
 out=${OUT:-out}
@@ -38,6 +49,7 @@ if [ -z "${CUDA_HOME:-}" ]; then
     done
 fi
 lib=${CUDA_HOME:-/usr/local/cuda}
+before=${LD_LIBRARY_PATH:-}
 export LD_LIBRARY_PATH="$lib/targets/x86_64-linux/lib:$lib/lib64:${LD_LIBRARY_PATH:-}"
 # cuDNN is the system's, or else the one that Python's packages brought.
 if [ -z "${MMGP_CUDNN:-}" ] && ! ldconfig -p | grep -q 'libcudnn\.so\.9'; then
@@ -61,7 +73,7 @@ fi
 
 if [ "${1:-}" = --memory ]; then
     dir=${DIR:-/dev/shm}/mmgp-memory
-    steps=${STEPS:-16}
+    steps=${STEPS:-64}
     limit=$((${LIMIT_GB:-6} * 1000000000))
     now() { date +%s.%N; }
     [ -e "$dir/flux/model_index.json" ] ||
@@ -93,7 +105,7 @@ if [ "${1:-}" = --memory ]; then
     (
         [ -n "$group" ] && echo $BASHPID >"$group/cgroup.procs"
         exec "${draw[@]}" --vram-limit "$limit" --out "$out/limited.png"
-    ) >"$out/limited.log" 2>&1 &
+    ) > >(while IFS= read -r line; do echo "$(now) $line"; done >"$out/limited.log") 2>&1 &
     run=$!
     while kill -0 $run 2>/dev/null; do
         kib=$(awk '/^VmRSS/ {print $2}' "/proc/$run/status" 2>/dev/null)
@@ -101,11 +113,12 @@ if [ "${1:-}" = --memory ]; then
         sleep 0.02
     done >"$out/host.txt" &
     # The third comes once steps are steady.
-    until grep -q "^step 5 of" "$out/limited.log" || ! kill -0 $run 2>/dev/null; do sleep 0.05; done
+    until grep -q " step 5 of" "$out/limited.log" || ! kill -0 $run 2>/dev/null; do sleep 0.05; done
     python3 "$here/vram.py" take 2500000000 3 >"$out/taker.json"
     wait $run
     failed=$?
     now >>"$out/run.txt"
+    sleep 0.5 # for what writes the log
     kill $sampler $ballast
     [ $failed = 0 ] || { echo "the run failed"; tail -n 20 "$out/limited.log"; exit 1; }
     python3 "$here/memory.py" "$out" "$limit"
@@ -147,6 +160,25 @@ if [ "${1:-}" = --video ]; then
         python3 "$PWD/benches/peers/video.py" "$family" "${size[@]}" >"$out/peer.json" || rm "$out/peer.json"
     fi
     python3 "$here/video.py" "$out" "$family" "$limit"
+    exit $?
+fi
+
+if [ "${1:-}" = --peers ]; then
+    shift
+    options=(--bench "$here/mmgp-gpu-bench" --out "$out" --libraries "$LD_LIBRARY_PATH")
+    [ -f "$here/commit" ] && options+=(--commit "$(cat "$here/commit")")
+    [ -n "${DIR:-}" ] && options+=(--dir "$DIR")
+    # PyTorch brings libraries of its own.
+    if [ -n "$before" ]; then LD_LIBRARY_PATH=$before; else unset LD_LIBRARY_PATH; fi
+    site=
+    if [ -n "${WHEELS:-}" ]; then
+        site=$(mktemp -d) || exit 1
+        trap 'rm -rf "$site"' EXIT
+        python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$site" "$WHEELS"/*.whl ||
+            { echo "the wheels in $WHEELS cannot be installed"; exit 1; }
+        export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
+    fi
+    python3 "$PWD/benches/peers/compare.py" "${options[@]}" "$@"
     exit $?
 fi
 

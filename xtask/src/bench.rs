@@ -1,5 +1,5 @@
 //! The benches, and one table of ratios out of what they measured; or, with `--gpu`, steps of a large
-//! transformer on a GPU.
+//! transformer on a GPU, and with `--peers`, the same in other systems and in ours.
 //!
 //! Ours and the reference run in turn, and a ratio is the median over such pairs; seconds alone say
 //! more about the machine. Nothing is asserted.
@@ -25,8 +25,11 @@ use crate::{
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// Steps of a FLUX.1-dev transformer on the GPU under several budgets, instead of the benches
-    #[arg(long)]
+    #[arg(long, group = "large")]
     gpu: bool,
+    /// Steps of that transformer in PyTorch, diffusers and Python mmgp too, at no less VRAM than ours
+    #[arg(long, group = "large")]
+    peers: bool,
     /// About a minute of it
     #[arg(long, requires = "gpu", conflicts_with = "all")]
     quick: bool,
@@ -34,13 +37,13 @@ pub(crate) struct Args {
     #[arg(long, requires = "gpu")]
     all: bool,
     /// Where the model's files are kept, instead of /dev/shm or else the folder of temporary files
-    #[arg(long, requires = "gpu")]
+    #[arg(long, requires = "large")]
     dir: Option<PathBuf>,
-    /// Where gpu.json, gpu.md and gpu.svg go, instead of target/bench
-    #[arg(long, requires = "gpu")]
+    /// Where gpu.json, gpu.md and gpu.svg go, or peers.json and so on, instead of target/bench
+    #[arg(long, requires = "large")]
     out: Option<PathBuf>,
-    /// More options of `mmgp-gpu-bench`
-    #[arg(last = true, requires = "gpu")]
+    /// More options of `mmgp-gpu-bench`, or of `benches/peers/compare.py`
+    #[arg(last = true, requires = "large")]
     more: Vec<String>,
 }
 
@@ -68,16 +71,38 @@ const RATIOS: &[(&str, &str)] = &[
 
 /// Runs the benches that `args` asks for.
 pub(crate) fn run(args: &Args) -> Result<()> {
-    if args.gpu { gpu(args) } else { ratios() }
+    if args.gpu || args.peers { gpu(args) } else { ratios() }
 }
 
-/// Builds and runs the GPU's bench.
+/// Builds the GPU's bench and runs it, or has it run in turn with other systems.
 fn gpu(args: &Args) -> Result<()> {
     let environment = toolkit::environment()?;
     let mut build = cargo(&["build", "--release", "--workspace", "--bin", "mmgp-gpu-bench"]);
     step::run("build", build.arg(CUDA_FEATURES).envs(environment.iter().cloned()))?;
 
-    let mut bench = Command::new(target().join("release/mmgp-gpu-bench"));
+    let program = target().join("release/mmgp-gpu-bench");
+    // CUDA's libraries are found where it was built with them.
+    let libraries = environment.iter().find(|(name, _)| *name == "CUDA_HOME");
+    let libraries = libraries.map(|(_, home)| {
+        let old = env::var_os("LD_LIBRARY_PATH").unwrap_or_default();
+        let old = env::split_paths(&old).filter(|dir| !dir.as_os_str().is_empty());
+        env::join_paths([Path::new(home).join("lib64")].into_iter().chain(old))
+    });
+    let libraries = libraries.transpose()?;
+    let mut bench = match args.peers {
+        false => Command::new(program),
+        true => {
+            let mut compare = Command::new("python3");
+            compare.arg(step::root().join("benches/peers/compare.py")).arg("--bench").arg(program);
+            compare
+        }
+    };
+    match (libraries, args.peers) {
+        // PyTorch brings its own.
+        (Some(paths), true) => bench.arg("--libraries").arg(paths),
+        (Some(paths), false) => bench.env("LD_LIBRARY_PATH", paths),
+        (None, _) => &mut bench,
+    };
     for (option, wanted) in [("--quick", args.quick), ("--all", args.all)] {
         bench.args(wanted.then_some(option));
     }
@@ -87,13 +112,6 @@ fn gpu(args: &Args) -> Result<()> {
     bench.arg("--out").arg(args.out.clone().unwrap_or_else(|| target().join("bench")));
     if let Some(commit) = step::commit() {
         bench.args(["--commit", &commit]);
-    }
-    // CUDA's libraries are found where it was built with them.
-    if let Some((_, home)) = environment.iter().find(|(name, _)| *name == "CUDA_HOME") {
-        let old = env::var_os("LD_LIBRARY_PATH").unwrap_or_default();
-        let old = env::split_paths(&old).filter(|dir| !dir.as_os_str().is_empty());
-        let paths = env::join_paths([Path::new(home).join("lib64")].into_iter().chain(old))?;
-        bench.env("LD_LIBRARY_PATH", paths);
     }
     step::run("bench", bench.args(&args.more))?;
     Ok(())

@@ -26,7 +26,8 @@ struct Cli {
 enum Chore {
     /// Everything that CI checks, in one command.
     Ci(ci::Args),
-    /// The benches, and one table of ratios, written to target/bench/ratios.md; with --gpu, the GPU's
+    /// The benches, and one table of ratios, written to target/bench/ratios.md; with --gpu, the GPU's;
+    /// with --peers, other systems on it too
     Bench(bench::Args),
     /// The command, the GPU's tests and its bench in bundle/mmgp-cuda.tar.xz, for machines without Rust
     Bundle(bundle::Args),

@@ -4,6 +4,8 @@
 //! where the length is no multiple of 16, the last 16 values are drawn anew. Fewer than 16 values it
 //! draws one by one in f64 from 53-bit numbers.
 
+use rayon::prelude::*;
+
 /// `len` values of the standard normal distribution, as
 /// `torch.randn(len, generator=torch.Generator("cpu").manual_seed(seed))` gives them, to the last
 /// bits of an f32. torch reads the low 32 bits of the seed.
@@ -32,13 +34,27 @@ impl TorchGenerator {
         let engine = &mut self.engine;
         let mut uniform = || (engine.next() & 0x00ff_ffff) as f32 / (1 << 24) as f32;
         let mut values: Vec<f32> = (0..len).map(|_| uniform()).collect();
-        values.chunks_exact_mut(16).for_each(box_muller);
+        values.par_chunks_exact_mut(16).for_each(box_muller);
         if !len.is_multiple_of(16) {
             let last = &mut values[len - 16..];
             last.fill_with(uniform);
             box_muller(last);
         }
         values
+    }
+
+    /// Goes on as if [`normal`](Self::normal) had been asked for `len` values.
+    pub fn skip(&mut self, len: usize) {
+        if len < 16 {
+            for _ in 0..len {
+                self.one();
+            }
+            return;
+        }
+        let again = if len.is_multiple_of(16) { 0 } else { 16 };
+        for _ in 0..len + again {
+            self.engine.next();
+        }
     }
 
     fn one(&mut self) -> f64 {
@@ -136,6 +152,16 @@ mod tests {
         let mut generator = TorchGenerator::new(42);
         let pieces = [generator.normal(16), generator.normal(32)].concat();
         assert_eq!(pieces, torch_normal(42, 48));
+    }
+
+    #[test]
+    fn what_is_skipped_is_as_if_it_was_drawn() {
+        for len in [0, 1, 3, 15, 16, 17, 48, 1000] {
+            let (mut drawing, mut skipping) = (TorchGenerator::new(3), TorchGenerator::new(3));
+            drawing.normal(len);
+            skipping.skip(len);
+            assert_eq!(drawing.normal(19), skipping.normal(19), "{len}");
+        }
     }
 
     #[test]

@@ -257,7 +257,9 @@ impl Pager {
         model.stats.hits += u64::from(used);
         self.fetch_ahead(&mut state, at);
         state.counters.waits += u64::from(waited > Duration::ZERO);
-        state.counters.host += begun.elapsed().saturating_sub(waited);
+        let took = begun.elapsed().saturating_sub(waited);
+        state.counters.host += took;
+        state.models[at.model].host(at.block).began(took);
         Ok(Lease { pager: self.clone(), at })
     }
 
@@ -283,7 +285,9 @@ impl Pager {
         let last = model.blocks.len() - 1;
         let now = if at.block == 0 { At { block: last, ..at } } else { at };
         self.fetch_ahead(&mut state, now);
-        state.counters.host += begun.elapsed();
+        let took = begun.elapsed();
+        state.counters.host += took;
+        state.models[at.model].host(at.block).ended(took);
     }
 
     /// Starts the fetch of a block that is needed now, giving back what other models hold. Says

@@ -33,6 +33,9 @@ pub struct ModelReport {
     pub hits: u64,
     /// How long computing waited for blocks to arrive.
     pub stalled: Duration,
+    /// What the pager itself takes of the computing thread's time in a pass under this plan: of each block, what its
+    /// visits took at least. In others a call may have waited for room in the device's queue.
+    pub own: Duration,
 }
 
 /// What a pager did.
@@ -50,7 +53,8 @@ pub struct Report {
     pub copies: u64,
     /// What was brought into slots that blocks take turns in.
     pub streamed: Bytes,
-    /// The pager's own time on the thread that computes, without waiting.
+    /// The pager's time on the thread that computes, without waiting for fetches, but with whatever its calls
+    /// waited for room in the device's queue.
     pub host: Duration,
     /// How often that thread waited for a block to be fetched.
     pub waits: u64,

@@ -65,6 +65,10 @@ impl Device for Card {
         self.spills
     }
 
+    fn is_out_of_memory(&self, error: &candle_core::Error) -> bool {
+        error.to_string().contains("out of memory")
+    }
+
     fn slot(&self, capacity: Bytes, occupancy: Occupancy) -> Result<Box<dyn Slot>> {
         self.host.slot(capacity, occupancy)
     }
@@ -97,4 +101,31 @@ fn slow_blocks_make_a_model_hold_less_where_memory_spills() {
         let expected = [DEPTH, DEPTH, DEPTH, eased, eased, eased, DEPTH, DEPTH];
         assert_eq!(held, expected, "spills: {spills}");
     }
+}
+
+#[test]
+fn memory_that_runs_out_before_much_is_held_is_given_back_too() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("tower.safetensors");
+    write(&path, DEPTH, 5);
+    let card = Card { host: Host::new().unwrap(), spills: false, slow: Arc::default() };
+    let pager = Pager::over(card).unwrap();
+    let tower = build(&pager, "tower", &path, DEPTH);
+    pager.plan(Budget::Unlimited).unwrap();
+    // Of a first pass, when only the stem is there: the rest is not taken then.
+    let pass = tower.pass().unwrap();
+    let mut ran = 0;
+    pass.stem(|_| {
+        ran += 1;
+        if ran == 1 { candle_core::bail!("out of memory") } else { Ok(()) }
+    })
+    .unwrap();
+    assert_eq!((ran, pager.report().reruns), (2, 1));
+    // With nothing left to give, the error is told.
+    let mut ran = 0;
+    let error = pass.stem(|_| -> candle_core::Result<()> {
+        ran += 1;
+        candle_core::bail!("out of memory")
+    });
+    assert!(error.is_err() && ran == 1, "{ran}");
 }

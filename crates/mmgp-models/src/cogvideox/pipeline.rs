@@ -300,8 +300,8 @@ impl CogVideoXPipeline {
             }
             None => None,
         };
-        let mut noise = || Tensor::from_vec(generator.normal(count), &shape, &self.device);
-        let mut x = noise()?;
+        let noise = |values: Vec<f32>| Tensor::from_vec(values, &shape, &self.device);
+        let mut x = noise(generator.normal(count))?;
         let positions = match self.config.use_rotary_positional_embeddings {
             true => {
                 let [_, frames, _, height, width] = shape;
@@ -344,10 +344,11 @@ impl CogVideoXPipeline {
             match &schedule {
                 Schedule::Ddim(schedule) => x = schedule.step(step, &output, &x)?,
                 Schedule::Dpm(schedule) => {
-                    let mut drawn = noise()?;
+                    // The device computes meanwhile, until something is copied to it.
                     if original.is_some() && !schedule.ends(step)? {
-                        drawn = noise()?; // the reference draws once for each order
+                        generator.skip(count); // the reference draws once for each order
                     }
+                    let drawn = noise(generator.normal(count))?;
                     let next = schedule.step(step, &output, &x, &drawn, original.as_ref())?;
                     (x, original) = (next.sample, Some(next.original));
                 }

@@ -100,11 +100,11 @@ impl CogVideoXTransformer {
         samples: Samples,
     ) -> Result<Tensor> {
         let grid = self.check(inputs)?;
-        let (rope, sinusoids) = match self.tables(inputs, grid)? {
+        let pass = self.model.pass()?;
+        let (rope, sinusoids) = match pass.stem(|_| self.tables(inputs, grid))? {
             Tables::Turned(rope) => (Some(rope), None),
             Tables::Added(sinusoids) => (None, Some(sinusoids)),
         };
-        let pass = self.model.pass()?;
         let parts = Part::split(inputs, samples)?;
         let (mut streams, vectors): (Vec<_>, Vec<_>) = pass
             .stem(|stem| {

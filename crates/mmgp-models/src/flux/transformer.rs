@@ -90,10 +90,10 @@ impl FluxTransformer {
     /// Inputs that do not fit the model or each other; weights that cannot be read; cancellation.
     pub fn forward(&self, inputs: &FluxInputs<'_>) -> Result<Tensor> {
         self.check(inputs)?;
-        let rope = self.rope(inputs)?;
         let text_tokens = inputs.txt_ids.dim(0)?;
 
         let pass = self.model.pass()?;
+        let rope = pass.stem(|_| self.rope(inputs))?;
         let (mut image, mut text, activated) = pass.stem(|stem| stem.embed(inputs))?;
         let joint = Joint { activated: &activated, rope: &rope, text: TextPlace::First };
         let mut joined = None;

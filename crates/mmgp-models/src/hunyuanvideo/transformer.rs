@@ -103,9 +103,9 @@ impl HunyuanVideoTransformer {
         let most = lengths.iter().copied().max().unwrap_or(0);
         let patches = grid.iter().product::<usize>();
         let keys: Vec<usize> = lengths.iter().map(|length| patches + length).collect();
-        let rope = self.rope(grid, most, inputs.hidden_states.device())?;
 
         let pass = self.model.pass()?;
+        let rope = pass.stem(|_| self.rope(grid, most, inputs.hidden_states.device()))?;
         let Embedded { video, text, activated, refining } =
             pass.stem(|stem| stem.embed(inputs, most))?;
         let joint = Joint { activated: &activated, rope: &rope, text: TextPlace::Last(&keys) };

@@ -36,6 +36,13 @@ impl Heads {
         norm: Option<&RmsNorm>,
         rope: Option<&Rope>,
     ) -> Result<Tensor> {
+        if x.device().is_cuda()
+            && norm.is_none()
+            && rope.is_none()
+            && let Some(heads) = self.in_place(x, first)?
+        {
+            return Ok(heads);
+        }
         self.join(&[HeadRows { rows: x, first, norm, rope }])
     }
 
@@ -68,6 +75,22 @@ impl Heads {
             1 => Ok(split.remove(0)),
             _ => Tensor::cat(&split, 2),
         }
+    }
+
+    /// The heads as a view of `x`, where they lie in it as in rows of heads.
+    fn in_place(self, x: &Tensor, first: usize) -> Result<Option<Tensor>> {
+        let (batch, tokens, columns) = x.dims3()?;
+        let Self { count, dim } = self;
+        if !x.is_contiguous()
+            || dim == 0
+            || !columns.is_multiple_of(dim)
+            || !first.is_multiple_of(dim)
+            || first + self.width() > columns
+        {
+            return Ok(None);
+        }
+        let heads = x.reshape((batch, tokens, columns / dim, dim))?;
+        heads.narrow(2, first / dim, count)?.transpose(1, 2).map(Some)
     }
 
     fn check(self, part: &HeadRows<'_>) -> Result<()> {

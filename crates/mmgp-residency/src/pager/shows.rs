@@ -37,6 +37,7 @@ impl Pager {
             visits: m.stats.visits,
             hits: m.stats.hits,
             stalled: m.timing.stalled,
+            own: m.host.iter().map(|visits| visits.least().unwrap_or_default()).sum(),
         });
         let models: Vec<ModelReport> = models.collect();
         Report {

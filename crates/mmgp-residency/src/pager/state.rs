@@ -16,7 +16,7 @@ use crate::{
 /// Of what there is for weights and activations, the share that activations get until they were measured.
 const GUESS: u64 = 4;
 /// What is kept free beside measured activations.
-const SPARE: u64 = 32 << 20;
+const SPARE: u64 = 64 << 20;
 /// What is given up at least when there is too little for activations.
 const STEP: u64 = 256 << 20;
 
@@ -37,7 +37,7 @@ pub(super) struct State {
 /// What the pager itself did, on the thread that computes.
 #[derive(Default)]
 pub(super) struct Counters {
-    /// Its own time, without waiting.
+    /// Its time, without waiting for fetches.
     pub(super) host: Duration,
     /// Times that it waited for a block to be fetched.
     pub(super) waits: u64,
@@ -47,6 +47,32 @@ pub(super) struct Counters {
     pub(super) replans: u64,
     /// Times that a block ran again after memory was given back.
     pub(super) reruns: u64,
+}
+
+/// The time that the pager itself took for the visits of a block.
+#[derive(Clone, Copy, Default)]
+pub(super) struct HostTime {
+    /// Of the visit that is under way.
+    visit: Duration,
+    least: Option<Duration>,
+}
+
+impl HostTime {
+    /// What the visit's beginning took.
+    pub(super) fn began(&mut self, took: Duration) {
+        self.visit = took;
+    }
+
+    /// What its end took.
+    pub(super) fn ended(&mut self, took: Duration) {
+        let visit = self.visit + took;
+        self.least = Some(self.least.map_or(visit, |least| least.min(visit)));
+    }
+
+    /// What a visit took at least, once there was one.
+    pub(super) fn least(self) -> Option<Duration> {
+        self.least
+    }
 }
 
 pub(super) struct Model {
@@ -68,6 +94,8 @@ pub(super) struct Model {
     /// What its activations needed beyond that when memory ran out.
     extra: u64,
     pub(super) timing: Timing,
+    /// What the pager took for each block's visits under this plan.
+    pub(super) host: Vec<HostTime>,
     /// What passes are expected to cost until they were measured, as the caller says.
     pub(super) expected: Option<PassCosts>,
     /// The costs that its plan was made with.
@@ -128,6 +156,7 @@ impl Model {
             peaks: [0; 2],
             extra: 0,
             timing: Timing::default(),
+            host: Vec::new(),
             expected: None,
             planned: None,
             rest: 0,
@@ -159,6 +188,14 @@ impl Model {
     pub(super) fn costs(&self) -> Option<PassCosts> {
         let blocks = self.blocks.len().saturating_sub(1);
         self.timing.costs(blocks).or_else(|| self.expected.clone())
+    }
+
+    /// What the pager took for visits of a block.
+    pub(super) fn host(&mut self, block: usize) -> &mut HostTime {
+        if self.host.len() <= block {
+            self.host.resize(self.blocks.len().max(block + 1), HostTime::default());
+        }
+        &mut self.host[block]
     }
 
     /// The slot in which a block lives.
@@ -205,6 +242,7 @@ impl Model {
     /// much that is.
     pub(super) fn adopt(&mut self, plan: &ModelPlan) -> u64 {
         let before = self.held;
+        self.host.clear();
         for slot in 0..self.slots.len() {
             self.look_at(slot);
             if let Some(memory) = &mut self.slots[slot].memory {
@@ -464,9 +502,11 @@ impl State {
         let minimum = self.models[model].sizes(device).minimum();
         let m = &mut self.models[model];
         let step = (m.reserve(self.ceiling) / 4).max(STEP);
-        let before = m.allowed.min(self.held.max(minimum));
+        let before = m.allowed;
+        // From what is held, which early in a pass is less than what may be.
+        let least = before.min(self.held.max(minimum));
         m.extra = m.extra.saturating_add(step);
-        m.allowed = m.allowed.min(before.saturating_sub(step).max(minimum));
+        m.allowed = before.min(least.saturating_sub(step).max(minimum));
         let (allowed, held) = (m.allowed, self.held);
         self.shrink(model, allowed);
         device.share(crate::Bytes(allowed))?;
