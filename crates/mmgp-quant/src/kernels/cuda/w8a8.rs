@@ -12,7 +12,7 @@ use candle_core::{
     cuda_backend::{
         CudaDType, WrapErr,
         cudarc::driver::{
-            CudaContext, DevicePtrMut, DeviceRepr, LaunchConfig, PushKernelArg,
+            DevicePtrMut, DeviceRepr, LaunchConfig, PushKernelArg,
             sys::CUdevice_attribute::{
                 CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR as MAJOR,
                 CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR as MINOR,
@@ -131,6 +131,7 @@ fn run<T: CudaDType + DeviceRepr + 'static, S: CudaDType + DeviceRepr + 'static>
     if rows > LONGEST || outputs > LONGEST || inputs > MOST_INPUTS {
         return Ok(None);
     }
+    let (dtype, stored) = (x.dtype(), scales.dtype());
     let (x, codes) = (aligned::<T>(x, device)?, aligned::<u8>(codes, device)?);
     let bias = bias.map(|bias| aligned::<T>(bias, device)).transpose()?;
     let stream = device.cuda_stream();
@@ -159,12 +160,12 @@ fn run<T: CudaDType + DeviceRepr + 'static, S: CudaDType + DeviceRepr + 'static>
         let (wide, _wide) = wide.device_ptr_mut(&stream);
         let (row_scales, _row_scales) = row_scales.device_ptr_mut(&stream);
         let (y, _y) = out.device_ptr_mut(&stream);
-        let shape = Shape { rows, outputs, inputs, dtype: T::DTYPE };
+        let shape = Shape { rows, outputs, inputs, dtype };
         let at = Addresses { x: quantized, x_scales: row_scales, w, w_scales: wide, bias, y };
         // SAFETY: `address` held the operands to their memory, and they and the four buffers have the lengths that
         // `shape` says. All lie on `stream`'s device and are ordered by it; the buffers overlap nothing.
         unsafe {
-            quantize(device, shape, (x, scales, S::DTYPE), &at)?;
+            quantize(device, shape, (x, scales, stored), &at)?;
             let done = kernel == Int8Kernel::Fastest && multiply_on_hopper(device, shape, &at)?;
             if !done {
                 multiply(device, shape, &at)?;
@@ -272,16 +273,16 @@ unsafe fn multiply_on_hopper(
     }
     // The library finds the context by the thread.
     context.bind_to_thread().w()?;
-    let entry = if dtype == DType::BF16 { mmgp_w8a8_sm90_bf16 } else { mmgp_w8a8_sm90_f16 };
     // SAFETY: the caller upholds the lengths and the multiples of 16 bytes, and widths were looked at above and by `run`.
     let status = unsafe {
-        entry(
+        mmgp_w8a8_sm90(
             at.x,
             at.x_scales,
             at.w,
             at.w_scales,
             at.bias.unwrap_or(0), // null: none
             at.y,
+            c_int::from(dtype == DType::F16),
             rows as c_int,
             outputs as c_int,
             inputs as c_int,
@@ -304,26 +305,14 @@ unsafe fn multiply_on_hopper(_: &CudaDevice, _: Shape, _: &Addresses) -> Result<
 // The static library that the build made of `w8a8_sm90.cu`; its pointers are the GPU's, which are as wide as ours.
 #[cfg(w8a8_sm90)]
 unsafe extern "C" {
-    fn mmgp_w8a8_sm90_bf16(
+    fn mmgp_w8a8_sm90(
         x: u64,
         x_scales: u64,
         w: u64,
         w_scales: u64,
         bias: u64,
         y: u64,
-        rows: c_int,
-        outputs: c_int,
-        inputs: c_int,
-        processors: c_int,
-        stream: *mut c_void,
-    ) -> c_int;
-    fn mmgp_w8a8_sm90_f16(
-        x: u64,
-        x_scales: u64,
-        w: u64,
-        w_scales: u64,
-        bias: u64,
-        y: u64,
+        half: c_int,
         rows: c_int,
         outputs: c_int,
         inputs: c_int,

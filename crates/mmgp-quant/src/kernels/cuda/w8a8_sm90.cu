@@ -84,19 +84,19 @@ template <typename Out> struct RowsByColumns {
 
 // Queues `y = x_scales * (w_scales * x wT) + bias` on `stream`: `x` `[rows, inputs]`, `w` `[outputs, inputs]`, `y`
 // `[rows, outputs]`, all at multiples of 16 bytes; `inputs` is a multiple of 16, `outputs` of 8, and the bias may be
-// null. Returns 0, or CUTLASS's status.
-#define ENTRY(NAME, T)                                                                             \
-    extern "C" int NAME(                                                                           \
-        const void *x, const void *x_scales, const void *w, const void *w_scales, const void *bias,\
-        void *y, int rows, int outputs, int inputs, int processors, void *stream                   \
-    ) {                                                                                            \
-        return RowsByColumns<T>::run(                                                                    \
-            static_cast<const int8_t *>(x), static_cast<const float *>(x_scales),                  \
-            static_cast<const int8_t *>(w), static_cast<const float *>(w_scales),                  \
-            static_cast<const T *>(bias), static_cast<T *>(y), rows, outputs, inputs, processors,  \
-            static_cast<cudaStream_t>(stream)                                                      \
-        );                                                                                         \
-    }
-
-ENTRY(mmgp_w8a8_sm90_bf16, cutlass::bfloat16_t)
-ENTRY(mmgp_w8a8_sm90_f16, cutlass::half_t)
+// null. `y` and the bias are bf16, or f16 where `half` is not 0. Returns 0, or CUTLASS's status.
+extern "C" int mmgp_w8a8_sm90(
+    const void *x, const void *x_scales, const void *w, const void *w_scales, const void *bias, void *y,
+    int half, int rows, int outputs, int inputs, int processors, void *stream
+) {
+    const auto run = [&](auto out) {
+        using Out = decltype(out);
+        return RowsByColumns<Out>::run(
+            static_cast<const int8_t *>(x), static_cast<const float *>(x_scales),
+            static_cast<const int8_t *>(w), static_cast<const float *>(w_scales),
+            static_cast<const Out *>(bias), static_cast<Out *>(y), rows, outputs, inputs, processors,
+            static_cast<cudaStream_t>(stream)
+        );
+    };
+    return half ? run(cutlass::half_t()) : run(cutlass::bfloat16_t());
+}
