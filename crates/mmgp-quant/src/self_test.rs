@@ -529,6 +529,46 @@ mod tests {
         let vectors = |(all, from, _): (usize, usize, usize)| all % 8 == 0 && from % 8 == 0;
         assert!(ADDED.iter().any(|a| vectors(a.y) && vectors(a.t) && a.y.1 > 0 && a.t.1 > 0));
         assert!(ADDED.iter().any(|a| !vectors(a.y) && !vectors(a.t)));
+        // In int8: tiles of 128 by 128 in steps of 64, threads that keep 32 values and 1024 of them, rows of 16 bytes.
+        let any =
+            |of: &dyn Fn(usize, usize, usize) -> bool| INT8.iter().any(|&(r, o, i)| of(r, o, i));
+        assert!(any(&|r, _, _| r > 128) && any(&|_, o, _| o > 128 && o % 128 != 0));
+        assert!(any(&|_, _, i| i > 64 && i % 64 != 0) && any(&|_, _, i| i > 1024 * 32));
+        assert!(any(&|_, o, i| o % 8 != 0 && i % 16 == 0) && any(&|_, _, i| i % 16 != 0));
+    }
+
+    #[test]
+    fn products_in_int8_are_as_near_as_their_codes() {
+        let (inputs, dtype) = (272, DType::BF16);
+        let mut x = values(4 * inputs, 41, dtype);
+        x[..inputs].fill(0.);
+        x[2 * inputs - 1] = f32::NAN;
+        let (of_x, of_rows) = quantized(&x, inputs);
+        assert!(of_x[..2 * inputs].iter().all(|&code| code == 0));
+        assert!(of_rows[0] == 0. && of_rows[1].is_nan());
+
+        let of_w = codes(5 * inputs);
+        let (scales, bias) = (values(5, 43, DType::F32), values(5, 47, dtype));
+        let y = multiplied_in_int8(&x, &of_w, &scales, Some(&bias), inputs, dtype);
+        assert_eq!(y[..5], bias);
+        assert!(y[5..10].iter().all(|y| y.is_nan()));
+
+        let w = expanded(&of_w, inputs, &scales, DType::F32);
+        let expected = multiplied(&x, &w, Some(&bias), inputs, dtype);
+        for row in 2..4 {
+            let (of_row, at) = (of_rows[row], row * inputs..(row + 1) * inputs);
+            assert_eq!(of_x[at.clone()].iter().map(|code| code.unsigned_abs()).max(), Some(127));
+            for (x, &code) in x[at.clone()].iter().zip(&of_x[at]) {
+                assert!((x - f32::from(code) * of_row).abs() <= 0.5001 * of_row, "{x} is {code}");
+            }
+            for (output, w) in w.chunks_exact(inputs).enumerate() {
+                let (expected, rounding) = expected[row * 5 + output];
+                let most: f32 = w.iter().map(|w| w.abs()).sum::<f32>() * 0.5001 * of_row;
+                let off = (y[row * 5 + output] - expected).abs();
+                assert!(off <= most + 2. * rounding, "off by {off}, {most} is allowed");
+                assert!(off > 0., "nothing was rounded");
+            }
+        }
     }
 
     #[test]

@@ -1,10 +1,12 @@
 //! The kernels of NVIDIA GPUs: int8 weights expanded to a floating-point dtype, biases added in place;
-//! products by cublasLt (`product.rs`); and products in int8 (`w8a8.rs`).
+//! products by cublasLt (`product.rs`); and products in int8 (`w8a8.rs`, `hopper.rs`).
 //!
 //! Kernels are compiled ahead (`build.rs`) and loaded once per CUDA context, at the first use. Launches
 //! are queued on candle's stream and never synchronize the host. Lengths and dtypes are checked here,
 //! since weights that are not leased hold an empty storage of another dtype.
 
+#[cfg(w8a8_sm90)]
+mod hopper;
 mod image;
 mod product;
 mod w8a8;

@@ -5,20 +5,11 @@
 //! operands, our own by `mma.sync` everywhere else. Both sum integers and then do the same f32 operations, so equal shapes
 //! get equal bits wherever operands lie. Calls are queued on candle's stream and never synchronize the host.
 
-use std::ffi::{c_int, c_void};
-
 use candle_core::{
     CudaDevice, CudaStorage, DType, Device, Result, Storage, Tensor, bail,
     cuda_backend::{
         CudaDType, WrapErr,
-        cudarc::driver::{
-            DevicePtrMut, DeviceRepr, LaunchConfig, PushKernelArg,
-            sys::CUdevice_attribute::{
-                CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR as MAJOR,
-                CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR as MINOR,
-                CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT as PROCESSORS,
-            },
-        },
+        cudarc::driver::{DevicePtrMut, DeviceRepr, LaunchConfig, PushKernelArg},
     },
     op::BackpropOp,
 };
@@ -177,23 +168,23 @@ fn run<T: CudaDType + DeviceRepr + 'static, S: CudaDType + DeviceRepr + 'static>
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Shape {
-    rows: usize,
-    outputs: usize,
-    inputs: usize,
-    dtype: DType,
+pub(super) struct Shape {
+    pub(super) rows: usize,
+    pub(super) outputs: usize,
+    pub(super) inputs: usize,
+    pub(super) dtype: DType,
 }
 
 /// Where the operands of a product lie on the GPU.
-struct Addresses {
+pub(super) struct Addresses {
     /// Codes of the activations and their scales.
-    x: u64,
-    x_scales: u64,
+    pub(super) x: u64,
+    pub(super) x_scales: u64,
     /// Codes of the weight and their scales in f32.
-    w: u64,
-    w_scales: u64,
-    bias: Option<u64>,
-    y: u64,
+    pub(super) w: u64,
+    pub(super) w_scales: u64,
+    pub(super) bias: Option<u64>,
+    pub(super) y: u64,
 }
 
 /// Queues the quantization of rows, and the widening of the weight's scales.
@@ -259,64 +250,12 @@ unsafe fn multiply(
 ///
 /// # Safety
 /// As [`multiply`], and the bias begins at a multiple of 16 bytes.
-#[cfg(w8a8_sm90)]
-unsafe fn multiply_on_hopper(
-    device: &CudaDevice,
-    Shape { rows, outputs, inputs, dtype }: Shape,
-    at: &Addresses,
-) -> Result<bool> {
-    let stream = device.cuda_stream();
-    let context = stream.context();
-    let card = (context.attribute(MAJOR).w()?, context.attribute(MINOR).w()?);
-    if card != (9, 0) || !outputs.is_multiple_of(8) {
-        return Ok(false);
-    }
-    // The library finds the context by the thread.
-    context.bind_to_thread().w()?;
-    // SAFETY: the caller upholds the lengths and the multiples of 16 bytes, and widths were looked at above and by `run`.
-    let status = unsafe {
-        mmgp_w8a8_sm90(
-            at.x,
-            at.x_scales,
-            at.w,
-            at.w_scales,
-            at.bias.unwrap_or(0), // null: none
-            at.y,
-            c_int::from(dtype == DType::F16),
-            rows as c_int,
-            outputs as c_int,
-            inputs as c_int,
-            context.attribute(PROCESSORS).w()?,
-            stream.cu_stream().cast(),
-        )
-    };
-    if status != 0 {
-        let name = w8a8_name(dtype)?;
-        bail!("{name}: CUTLASS refuses [{rows}, {outputs}] of {inputs} inputs: status {status}");
-    }
-    Ok(true)
-}
-
-#[cfg(not(w8a8_sm90))]
-unsafe fn multiply_on_hopper(_: &CudaDevice, _: Shape, _: &Addresses) -> Result<bool> {
-    Ok(false)
-}
-
-// The static library that the build made of `w8a8_sm90.cu`; its pointers are the GPU's, which are as wide as ours.
-#[cfg(w8a8_sm90)]
-unsafe extern "C" {
-    fn mmgp_w8a8_sm90(
-        x: u64,
-        x_scales: u64,
-        w: u64,
-        w_scales: u64,
-        bias: u64,
-        y: u64,
-        half: c_int,
-        rows: c_int,
-        outputs: c_int,
-        inputs: c_int,
-        processors: c_int,
-        stream: *mut c_void,
-    ) -> c_int;
+#[cfg_attr(not(w8a8_sm90), allow(unused_variables))]
+unsafe fn multiply_on_hopper(device: &CudaDevice, shape: Shape, at: &Addresses) -> Result<bool> {
+    // SAFETY: the same is asked for.
+    #[cfg(w8a8_sm90)]
+    let done = unsafe { super::hopper::multiply(device, shape, at) };
+    #[cfg(not(w8a8_sm90))]
+    let done = Ok(false);
+    done
 }
