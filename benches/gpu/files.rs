@@ -66,6 +66,7 @@ impl Files {
     /// # Errors
     /// A disk that refuses; a file that is no such checkpoint.
     pub(crate) fn open(&self, form: Form) -> Result<Arc<Checkpoint>> {
+        let form = if form == Form::W8a8 { Form::Int8 } else { form };
         let config = &self.config;
         let path = self.dir.join(format!(
             "flux-{}+{}-{}-{}.safetensors",
@@ -78,7 +79,7 @@ impl Files {
             let begun = Instant::now();
             match form {
                 Form::Bf16 => self.make(&path)?,
-                Form::Int8 => self.quantize(&self.open(Form::Bf16)?, &path)?,
+                Form::Int8 | Form::W8a8 => self.quantize(&self.open(Form::Bf16)?, &path)?,
             }
             let (bytes, took) = (fs::metadata(&path)?.len(), begun.elapsed().as_secs_f64());
             let speed = Bytes((bytes as f64 / took) as u64);

@@ -71,7 +71,7 @@ impl Session {
             Way::Ring => Some(Bytes(0)),
         };
         let card = Card::open(ordinal, locked)?;
-        let resident = model(card.pager(), config, &checkpoint)?;
+        let resident = model(card.pager(), config, &checkpoint, form)?;
         resident.pager().plan(Budget::Unlimited)?;
         let (references, config) = (BTreeMap::new(), config.clone());
         Ok(Self { card, checkpoint, config, form, way, text, resident, references })
@@ -123,7 +123,7 @@ impl Session {
 
         let watch = card.watch();
         let begun = Instant::now();
-        let streaming = model(&card.pager().beside()?, &self.config, &self.checkpoint)?;
+        let streaming = model(&card.pager().beside()?, &self.config, &self.checkpoint, self.form)?;
         let pager = streaming.pager();
         let stream = || streaming.forward(&inputs);
         let plan = pager.plan(request.budget)?;
@@ -273,8 +273,13 @@ pub(crate) fn model(
     pager: &Pager,
     config: &FluxConfig,
     checkpoint: &Arc<Checkpoint>,
+    form: Form,
 ) -> Result<FluxTransformer> {
-    let builder = ModelBuilder::new(pager, MODEL, checkpoint.clone());
+    let mut builder = ModelBuilder::new(pager, MODEL, checkpoint.clone());
+    if form == Form::W8a8 {
+        ensure!(!pager.device().candle().is_cpu(), "int8 activations need a GPU");
+        builder.quantize_activations();
+    }
     Ok(FluxTransformer::new(config, builder)?)
 }
 

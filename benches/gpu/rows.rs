@@ -8,13 +8,17 @@ use mmgp_residency::{Budget, Bytes};
 use serde::{Deserialize, Serialize};
 
 /// What weights are in files and slots.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, clap::ValueEnum,
+)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Form {
     /// As they were made.
     Bf16,
     /// Weights of linear layers in blocks as int8 with a scale per row.
     Int8,
+    /// These weights, and rows of activations made int8 before each product; needs a GPU.
+    W8a8,
 }
 
 impl Form {
@@ -23,6 +27,7 @@ impl Form {
         match self {
             Form::Bf16 => "bf16",
             Form::Int8 => "int8",
+            Form::W8a8 => "w8a8",
         }
     }
 }
@@ -90,13 +95,13 @@ const SLOW: f64 = 12.;
 const RING: f64 = 20.;
 
 impl Set {
-    /// Its rows, in the order in which they are measured.
+    /// Its rows, in the order in which they are measured; those of [`Form::W8a8`] are not among them.
     pub(crate) fn requests(self) -> Vec<Request> {
         let mut all = Vec::new();
         let mut push = |form, way, budgets: &[f64], image, link: Option<f64>| {
             let link = link.map(|gb| Bytes((gb * GB) as u64));
             // Two dense blocks do not fit the smallest budget.
-            let fits = |gb: &&f64| form == Form::Int8 || **gb >= 1.5;
+            let fits = |gb: &&f64| form != Form::Bf16 || **gb >= 1.5;
             all.extend(budgets.iter().filter(fits).map(|gb| Request {
                 form,
                 way,
@@ -174,8 +179,16 @@ pub(crate) fn combined(
     in_order(all)
 }
 
+/// `rows`, and those of int8 weights with int8 activations too.
+pub(crate) fn with_w8a8(mut rows: Vec<Request>) -> Vec<Request> {
+    let int8 = rows.iter().filter(|row| row.form == Form::Int8);
+    let more: Vec<_> = int8.map(|row| Request { form: Form::W8a8, ..*row }).collect();
+    rows.extend(more);
+    in_order(rows)
+}
+
 fn in_order(mut all: Vec<Request>) -> Vec<Request> {
-    all.sort_by_key(|r| (r.way == Way::Ring, r.form == Form::Int8, r.image));
+    all.sort_by_key(|r| (r.way == Way::Ring, r.form, r.image));
     all
 }
 

@@ -75,7 +75,7 @@ pub(crate) fn measure(
     card.limit_link(request.link)?;
 
     let begun = Instant::now();
-    let transformer = model(card.pager(), config, &checkpoint)?;
+    let transformer = model(card.pager(), config, &checkpoint, request.form)?;
     let pager = transformer.pager();
     let plan = pager.plan(request.budget)?;
     card.synchronize()?;

@@ -4,7 +4,11 @@
 //! The binary holds machine code of the GPUs that are common and, for all others from compute
 //! capability 8.0 on, PTX that the driver compiles.
 
-use std::{env, path::PathBuf, process::Command};
+use std::{
+    env,
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 /// Compute capabilities that get machine code.
 const MACHINE: &[&str] = &["80", "86", "89", "90", "120"];
@@ -26,18 +30,23 @@ pub(crate) fn fatbin(source: &str, name: &str) {
 }
 
 fn compile(source: &str, name: &str) -> Result<(), String> {
+    let mut arguments = vec!["-fatbin".into()];
+    for sm in MACHINE {
+        arguments.extend(["-gencode".into(), format!("arch=compute_{sm},code=sm_{sm}")]);
+    }
+    arguments.extend(["-gencode".into(), format!("arch=compute_{PTX},code=compute_{PTX}")]);
+    let out = env::var_os("OUT_DIR").ok_or("cargo set no OUT_DIR")?;
+    run(&arguments, source, &PathBuf::from(out).join(format!("{name}.fatbin")))
+}
+
+/// Runs the compiler on `source`.
+pub(crate) fn run(arguments: &[String], source: &str, to: &Path) -> Result<(), String> {
     let nvcc = match env::var_os("CUDA_HOME") {
         Some(home) => PathBuf::from(home).join("bin").join("nvcc"),
         None => PathBuf::from("nvcc"),
     };
-    let out = env::var_os("OUT_DIR").ok_or("cargo set no OUT_DIR")?;
     let mut command = Command::new(&nvcc);
-    command.args(["-fatbin", "-std=c++17", "-O3"]);
-    for sm in MACHINE {
-        command.arg("-gencode").arg(format!("arch=compute_{sm},code=sm_{sm}"));
-    }
-    command.arg("-gencode").arg(format!("arch=compute_{PTX},code=compute_{PTX}"));
-    command.arg("-o").arg(PathBuf::from(out).join(format!("{name}.fatbin"))).arg(source);
+    command.args(["-std=c++17", "-O3"]).args(arguments).arg("-o").arg(to).arg(source);
     let output = command.output().map_err(|why| {
         format!(
             "the feature `cuda` needs the CUDA 13 toolkit, but {} cannot be run ({why}): set \

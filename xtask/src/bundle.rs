@@ -62,6 +62,14 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     if let Some(commit) = step::commit() {
         fs::write(staged.join("commit"), commit)?;
     }
+    let env = toolkit::environment()?;
+    if let Some((_, home)) = env.iter().find(|(name, _)| *name == "CUTLASS_HOME") {
+        // Its licence wants to go where what was compiled of it goes.
+        let licence = Path::new(home).join("LICENSE.txt");
+        if licence.is_file() {
+            fs::copy(licence, staged.join("LICENSE-CUTLASS.txt"))?;
+        }
+    }
     if args.with_data {
         for data in ["assets", "vectors"] {
             let mut copy = Command::new("cp");

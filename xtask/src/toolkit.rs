@@ -2,7 +2,8 @@
 //!
 //! The CUDA code can so be built and linted where there is neither a GPU nor a driver. A folder is made beside its
 //! final name and renamed at the end, with a stamp of the wheels' versions: one that lacks the stamp is replaced.
-//! An installed toolkit that `CUDA_HOME` names comes first.
+//! An installed toolkit that `CUDA_HOME` names comes first. The headers of CUTLASS, which are no part of a toolkit, get a folder
+//! and a stamp of their own in the same way, unless `CUTLASS_HOME` names some.
 
 use std::{
     collections::BTreeSet,
@@ -40,12 +41,18 @@ const LINKED: [(&str, &str); 5] = [
     ("libnvrtc.so", "libnvrtc.so.13"),
 ];
 
+/// The wheel of CUTLASS, and where it keeps its sources and its licence.
+const CUTLASS: &str = "nvidia-cutlass==4.2.0.0";
+const CUTLASS_SOURCE: &str = "cutlass_library/source";
+const CUTLASS_LICENCE: &str = "nvidia_cutlass-4.2.0.0.dist-info/licenses/LICENSE.txt";
+
 const STAMP: &str = "mmgp-toolkit.txt";
 
 /// The options of `cuda-toolkit`.
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Where to put it, instead of target/cuda-toolkit; CUDA_HOME is not looked at then
+    /// Where to put it, with CUTLASS within, instead of target/cuda-toolkit and target/cutlass; CUDA_HOME and
+    /// CUTLASS_HOME are not looked at then
     #[arg(long)]
     dir: Option<PathBuf>,
     /// Where wheels are kept; those found there are not fetched again
@@ -53,15 +60,19 @@ pub(crate) struct Args {
     wheels: Option<PathBuf>,
 }
 
+/// A variable's name and value.
+type Variable = (&'static str, OsString);
+
 /// Makes the toolkit when it is missing and prints its environment.
 pub(crate) fn run(args: &Args) -> Result<()> {
+    let wheels = args.wheels.as_deref();
     let env = match &args.dir {
         Some(dir) => {
             let dir = env::current_dir()?.join(dir);
-            assemble(&dir, args.wheels.as_deref())?;
-            variables(&dir)?
+            assemble(&dir, wheels)?;
+            with_cutlass(variables(&dir)?, &dir.join("cutlass"), wheels)?
         }
-        None => environment_with(args.wheels.as_deref())?,
+        None => environment_with(wheels)?,
     };
     for (name, value) in env {
         println!("export {name}='{}'", value.to_string_lossy());
@@ -70,20 +81,41 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 }
 
 /// What a cargo command that builds the CUDA code needs, the toolkit made when it is missing.
-pub(crate) fn environment() -> Result<Vec<(&'static str, OsString)>> {
+pub(crate) fn environment() -> Result<Vec<Variable>> {
     environment_with(None)
 }
 
-fn environment_with(wheels: Option<&Path>) -> Result<Vec<(&'static str, OsString)>> {
-    if let Some(home) = env::var_os("CUDA_HOME").filter(|home| !home.is_empty()) {
-        return variables(Path::new(&home));
+fn environment_with(wheels: Option<&Path>) -> Result<Vec<Variable>> {
+    let named = |name| env::var_os(name).filter(|home| !home.is_empty());
+    let toolkit = match named("CUDA_HOME") {
+        Some(home) => variables(Path::new(&home))?,
+        None => {
+            let dir = step::target().join("cuda-toolkit");
+            assemble(&dir, wheels)?;
+            variables(&dir)?
+        }
+    };
+    match named("CUTLASS_HOME") {
+        Some(home) => Ok([toolkit, vec![("CUTLASS_HOME", home)]].concat()),
+        None => with_cutlass(toolkit, &step::target().join("cutlass"), wheels),
     }
-    let dir = step::target().join("cuda-toolkit");
-    assemble(&dir, wheels)?;
-    variables(&dir)
 }
 
-fn variables(home: &Path) -> Result<Vec<(&'static str, OsString)>> {
+/// `toolkit`, and CUTLASS in `dir`, fetched when it is missing. The build goes on without it, so that it cannot be
+/// fetched is told and no error.
+fn with_cutlass(
+    mut toolkit: Vec<Variable>,
+    dir: &Path,
+    wheels: Option<&Path>,
+) -> Result<Vec<Variable>> {
+    match cutlass(dir, wheels) {
+        Ok(()) => toolkit.push(("CUTLASS_HOME", dir.into())),
+        Err(why) => eprintln!("warning: going on without CUTLASS: {why:#}"),
+    }
+    Ok(toolkit)
+}
+
+fn variables(home: &Path) -> Result<Vec<Variable>> {
     let before = |name: &str, dirs: &[PathBuf]| {
         let old = env::var_os(name).filter(|old| !old.is_empty()).unwrap_or_default();
         let old: Vec<PathBuf> = env::split_paths(&old)
@@ -102,22 +134,47 @@ fn variables(home: &Path) -> Result<Vec<(&'static str, OsString)>> {
 }
 
 fn assemble(dir: &Path, wheels: Option<&Path>) -> Result<()> {
-    let stamp = WHEELS.join("\n") + "\n";
+    fetched(dir, &WHEELS, wheels, |part| {
+        let made = part.join("nvidia/cu13");
+        finish(&made)?;
+        Ok(made)
+    })
+}
+
+/// The headers alone, and their licence.
+fn cutlass(dir: &Path, wheels: Option<&Path>) -> Result<()> {
+    fetched(dir, &[CUTLASS], wheels, |part| {
+        let made = part.join("cutlass");
+        fs::create_dir(&made)?;
+        fs::rename(part.join(CUTLASS_SOURCE).join("include"), made.join("include"))?;
+        fs::rename(part.join(CUTLASS_LICENCE), made.join("LICENSE.txt"))?;
+        Ok(made)
+    })
+}
+
+/// Puts what `make` leaves in a folder of the unpacked `wheels` in place of `dir`, unless that was made of them.
+fn fetched(
+    dir: &Path,
+    wheels: &[&str],
+    kept: Option<&Path>,
+    make: impl FnOnce(&Path) -> Result<PathBuf>,
+) -> Result<()> {
+    let stamp = wheels.join("\n") + "\n";
     if fs::read_to_string(dir.join(STAMP)).is_ok_and(|found| found == stamp) {
         return Ok(());
     }
     let part = dir.with_extension("part");
     remove(&part)?;
     fs::create_dir_all(&part)?;
-    let kept = match wheels {
-        Some(wheels) => env::current_dir()?.join(wheels),
+    let kept = match kept {
+        Some(kept) => env::current_dir()?.join(kept),
         None => part.join("wheels"),
     };
     let mut pip = Command::new("python3");
     pip.args(["-m", "pip", "download", "--quiet", "--no-deps", "--dest"]).arg(&kept);
     // Standard output is for the environment alone.
-    step::run("fetch", pip.arg("--find-links").arg(&kept).args(WHEELS).stdout(std::io::stderr()))?;
-    for wheel in WHEELS {
+    step::run("fetch", pip.arg("--find-links").arg(&kept).args(wheels).stdout(std::io::stderr()))?;
+    for wheel in wheels {
         let (name, version) = wheel.split_once("==").unwrap_or((wheel, ""));
         let start = format!("{}-{}", name.replace('-', "_"), version.trim_end_matches('*'));
         let file = list(&kept)?
@@ -127,8 +184,7 @@ fn assemble(dir: &Path, wheels: Option<&Path>) -> Result<()> {
         let mut unpack = Command::new("python3");
         step::run("unpack", unpack.args(["-m", "zipfile", "-e"]).arg(&file).arg(&part))?;
     }
-    let made = part.join("nvidia/cu13");
-    finish(&made)?;
+    let made = make(&part)?;
     fs::write(made.join(STAMP), stamp)?;
     remove(dir)?;
     fs::rename(&made, dir)?;

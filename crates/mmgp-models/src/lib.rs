@@ -48,7 +48,7 @@ pub mod vae;
 
 pub use error::{Error, Result};
 pub use pipeline::{
-    Defaults, Event, GuidanceSchedule, Latents, OpenOptions, Output, Picture, Pipeline,
-    PipelinePart, Recipe, Replaced, Request, Tiles,
+    Activations, Defaults, Event, GuidanceSchedule, Latents, OpenOptions, Output, Picture,
+    Pipeline, PipelinePart, Recipe, Replaced, Request, Tiles,
 };
 pub use registry::{ModelIndex, open_pipeline};

@@ -31,8 +31,20 @@ pub struct OpenOptions {
     pub quantize: Vec<String>,
     /// Layers of them that stay as they are: patterns of full stored names, `*` and `?`.
     pub exclude: Vec<String>,
+    /// What products with int8 weights take of their input.
+    pub activations: Activations,
     /// Models whose weights are taken from another place than the pipeline's folder.
     pub replaced: Vec<Replaced>,
+}
+
+/// What products with int8 weights take of their input; part of the recipe.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Activations {
+    /// It as it is, and the weight expanded to its dtype.
+    #[default]
+    AsTheyAre,
+    /// Rows made int8 with a scale for each, where the GPU multiplies int8 by int8; needs a GPU.
+    Int8,
 }
 
 /// Where a model's weights are instead.
@@ -65,22 +77,29 @@ impl OpenOptions {
     /// for them, quantizing if it is among those.
     ///
     /// # Errors
-    /// Weights that cannot be opened; a pattern that is none.
+    /// Weights that cannot be opened; a pattern that is none; int8 activations on the CPU.
     pub(crate) fn builder(
         &self,
         pager: &Pager,
         name: &str,
         folder: impl FnOnce() -> Result<Arc<Checkpoint>>,
     ) -> Result<ModelBuilder> {
-        if let Some(replaced) = self.replaced.iter().find(|r| r.model == name) {
-            let files = Arc::new(Checkpoint::open(&replaced.file)?);
-            let mut builder = ModelBuilder::new(pager, name, files);
+        let replaced = self.replaced.iter().find(|r| r.model == name);
+        let files = match replaced {
+            Some(replaced) => Arc::new(Checkpoint::open(&replaced.file)?),
+            None => folder()?,
+        };
+        let mut builder = ModelBuilder::new(pager, name, files);
+        if let Some(replaced) = replaced {
             builder.expect(replaced.digests.clone());
-            return Ok(builder);
-        }
-        let mut builder = ModelBuilder::new(pager, name, folder()?);
-        if self.quantize.iter().any(|quantized| quantized == name) {
+        } else if self.quantize.iter().any(|quantized| quantized == name) {
             builder.quantize(QuantPolicy::int8(&self.exclude)?);
+        }
+        if self.activations == Activations::Int8 {
+            if pager.device().candle().is_cpu() {
+                return Err(Error::Input("int8 activations need a GPU".into()));
+            }
+            builder.quantize_activations();
         }
         Ok(builder)
     }
@@ -466,9 +485,14 @@ pub(crate) fn weights_recipe(options: &OpenOptions, device: &Device, compute: DT
         DType::F32 => "f32".to_string(),
         half => format!("{half:?}").to_lowercase(),
     };
+    let int8 = options.activations == Activations::Int8;
     let weights = match (models.as_str(), device.is_cpu()) {
+        ("", _) if int8 => {
+            format!("as stored, products in {products}, of int8 with activations int8 per row")
+        }
         ("", _) => format!("as stored, products in {products}"),
         (models, true) => format!("int8 in {models}{except}, code times scale in f32"),
+        (models, false) if int8 => format!("int8 in {models}{except}, activations int8 per row"),
         (models, false) => {
             format!("int8 in {models}{except}, expanded to {products} before each product")
         }

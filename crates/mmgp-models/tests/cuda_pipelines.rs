@@ -6,18 +6,20 @@
 mod run;
 
 use candle_core::{DType, Device};
-use mmgp_models::{OpenOptions, nn};
+use mmgp_models::{Activations, OpenOptions, nn};
 use mmgp_residency::{Cuda, CudaOptions, Pager};
 use run::{Error, Runner};
 
 #[test]
 fn tiny_pipelines_have_the_same_bits_under_every_budget() -> Result<(), Error> {
     let int8 = || OpenOptions { quantize: vec!["transformer".into()], ..OpenOptions::default() };
+    let w8a8 = || OpenOptions { activations: Activations::Int8, ..int8() };
     // Random weights of few channels: bf16 has an error of a few percent after some steps.
     for (what, compute, options, allowed) in [
         ("f32", DType::F32, OpenOptions::default(), None),
         ("bf16", DType::BF16, OpenOptions::default(), Some(0.3)),
         ("bf16, int8 weights", DType::BF16, int8(), Some(0.5)),
+        ("bf16, int8 weights and activations", DType::BF16, w8a8(), Some(0.5)),
     ] {
         let first = Pager::over(Cuda::new(&CudaOptions { compute, ..Default::default() })?)?;
         let Device::Cuda(device) = first.device().candle() else { return Err("no GPU".into()) };

@@ -9,7 +9,7 @@ use std::{
 };
 
 use candle_core::{DType, Device};
-use mmgp_models::{ModelIndex, OpenOptions, nn, open_pipeline};
+use mmgp_models::{Activations, ModelIndex, OpenOptions, nn, open_pipeline};
 use mmgp_residency::{Budget, Cuda, CudaOptions, Pager};
 
 const PROMPTS: [&str; 3] = ["red heart", "a picture of a rocket", "cat face"];
@@ -40,11 +40,13 @@ fn draws_what_diffusers_draws(kernels: bool) {
         quantize: vec!["transformer".into(), "text_encoder_2".into()],
         ..OpenOptions::default()
     };
+    let w8a8 = OpenOptions { activations: Activations::Int8, ..int8.clone() };
     for (what, compute, options, allowed) in [
         ("f32", DType::F32, OpenOptions::default(), 1e-3),
         ("f32, int8 weights", DType::F32, int8.clone(), 0.1),
         ("bf16", DType::BF16, OpenOptions::default(), 0.1),
         ("bf16, int8 weights", DType::BF16, int8, 0.15),
+        ("bf16, int8 weights and activations", DType::BF16, w8a8, 0.3),
     ] {
         let first = Pager::over(Cuda::new(&CudaOptions { compute, ..Default::default() }).unwrap());
         let first = first.unwrap();

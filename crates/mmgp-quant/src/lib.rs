@@ -41,7 +41,7 @@ pub use card::Card;
 pub use error::{Error, Result};
 pub use format::{Format, QuantTensor, formats};
 #[cfg(feature = "cuda")]
-pub use kernels::cuda::{KernelImage, kernel_image, product_library};
+pub use kernels::cuda::{Int8Kernel, KernelImage, kernel_images, product_library, w8a8, w8a8_by};
 pub use kernels::int8::{NotFinite, Real, decode, quantize, quantize_rows};
 pub use linear::{Bias, Linear};
 pub use low_rank::{Band, add_low_rank};

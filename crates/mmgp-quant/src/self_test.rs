@@ -20,7 +20,7 @@ const DTYPES: [DType; 3] = [DType::BF16, DType::F16, DType::F32];
 ///
 /// Takes a fraction of a second, and on cards for which there is no machine code the driver's compilation of PTX, which it
 /// keeps. Which results may be kept, and for how long, is the caller's affair: they hold for one card, one
-/// driver, one [`kernel_image`](crate::kernel_image) and one [`product_library`](crate::product_library).
+/// driver, one set of [`kernel_images`](crate::kernel_images) and one [`product_library`](crate::product_library).
 ///
 /// # Errors
 /// [`Error::Kernel`] names the first kernel that computes something else, with its shape, what was expected and
@@ -47,6 +47,13 @@ pub fn self_test(device: &candle_core::CudaDevice) -> Result<()> {
     for added in ADDED {
         for dtype in [DType::BF16, DType::F16] {
             on_gpu::add_product(device, &added, dtype)?;
+        }
+    }
+    for shape in INT8 {
+        for dtype in [DType::BF16, DType::F16] {
+            for scale in DTYPES {
+                on_gpu::w8a8(device, shape, dtype, scale)?;
+            }
         }
     }
     Ok(())
@@ -94,6 +101,18 @@ const ADDED: [Added; 3] = [
     Added { rows: 77, y: (264, 64, 136), t: (32, 16, 16) },
     Added { rows: 300, y: (72, 0, 72), t: (4, 0, 4) },
     Added { rows: 3, y: (33, 3, 5), t: (7, 2, 4) },
+];
+
+/// `(rows, outputs, inputs)` of products in int8: tiles that are cut, longer rows than a thread keeps, widths that
+/// tile copies cannot read.
+const INT8: [(usize, usize, usize); 7] = [
+    (1, 64, 96),
+    (1, 16, 33_024),
+    (3, 136, 16),
+    (77, 33, 272),
+    (77, 264, 336),
+    (300, 48, 128),
+    (3, 16, 24), // nothing multiplies these
 ];
 
 /// Values of both signs between 1/16 and 16, the same for the same seed, rounded to `dtype`.
@@ -172,6 +191,48 @@ fn multiplied(
     all
 }
 
+/// What `quantize_*` computes of `x` `[rows, inputs]`: codes and scales.
+fn quantized(x: &[f32], inputs: usize) -> (Vec<i8>, Vec<f32>) {
+    let (mut codes, mut scales) = (Vec::with_capacity(x.len()), Vec::new());
+    for row in x.chunks_exact(inputs) {
+        let finite = row.iter().all(|x| x.is_finite());
+        let largest = row.iter().fold(0f32, |most, x| most.max(x.abs()));
+        let some = finite && largest >= 1e-30;
+        let inverse = 127. / largest;
+        let code = |x: &f32| if some { (x * inverse).round_ties_even() as i8 } else { 0 };
+        codes.extend(row.iter().map(code));
+        scales.push(match (finite, some) {
+            (false, _) => f32::NAN,
+            (true, true) => largest / 127.,
+            (true, false) => 0.,
+        });
+    }
+    (codes, scales)
+}
+
+/// What `w8a8_*` computes, widened: exact sums of integers, then three roundings in f32 and the last to `dtype`.
+fn multiplied_in_int8(
+    x: &[f32],
+    codes: &[u8],
+    scales: &[f32],
+    bias: Option<&[f32]>,
+    inputs: usize,
+    dtype: DType,
+) -> Vec<f32> {
+    let (x, of_rows) = quantized(x, inputs);
+    let mut all = Vec::new();
+    for (x, of_row) in x.chunks_exact(inputs).zip(of_rows) {
+        for (output, w) in codes.chunks_exact(inputs).enumerate() {
+            let products = x.iter().zip(w).map(|(&x, &w)| i32::from(x) * i32::from(w as i8));
+            let sum: i32 = products.sum();
+            let bias = bias.map_or(0., |bias| bias[output]);
+            all.push(of_row.mul_add(scales[output] * sum as f32, bias));
+        }
+    }
+    round(&mut all, dtype);
+    all
+}
+
 /// Holds what a product computed to what it should be nearly.
 fn compare_near(
     kernel: &str,
@@ -199,7 +260,8 @@ fn compare(kernel: &str, shape: (usize, usize), expected: &[f32], found: &[f32])
         return Err(failed(expected.len().min(found.len()), f32::NAN, f32::NAN));
     }
     let mut pairs = expected.iter().zip(found).enumerate();
-    match pairs.find(|(_, (e, f))| e.to_bits() != f.to_bits()) {
+    let same = |e: f32, f: f32| e.to_bits() == f.to_bits() || e.is_nan() && f.is_nan();
+    match pairs.find(|(_, (e, f))| !same(**e, **f)) {
         Some((at, (&expected, &found))) => Err(failed(at, expected, found)),
         None => Ok(()),
     }
@@ -209,8 +271,15 @@ fn compare(kernel: &str, shape: (usize, usize), expected: &[f32], found: &[f32])
 mod on_gpu {
     use candle_core::{CudaDevice, DType, Device, Tensor};
 
-    use super::{Added, biased, codes, compare, compare_near, expanded, multiplied, values};
-    use crate::{Error, Result, formats::int8::Decode, kernels::cuda};
+    use super::{
+        Added, biased, codes, compare, compare_near, expanded, multiplied, multiplied_in_int8,
+        values,
+    };
+    use crate::{
+        Error, Result,
+        formats::int8::Decode,
+        kernels::cuda::{self, Int8Kernel},
+    };
 
     pub(super) fn expand(
         device: &CudaDevice,
@@ -332,6 +401,62 @@ mod on_gpu {
         compare(&kernel, (rows, width), &found, &run()?.unwrap_or_default())
     }
 
+    /// Both kernels, and the quantization before them, give the bits of their twin.
+    pub(super) fn w8a8(
+        device: &CudaDevice,
+        (rows, outputs, inputs): (usize, usize, usize),
+        dtype: DType,
+        scale: DType,
+    ) -> Result<()> {
+        let kernel = format!("{}_{}", cuda::quantize_name(dtype, scale)?, cuda::w8a8_name(dtype)?);
+        let mut x = values(rows * inputs, 41, dtype);
+        if rows > 2 {
+            // A row of zeros, and one with no number in it.
+            x[..inputs].fill(0.);
+            x[2 * inputs - 1] = f32::NAN;
+        }
+        let codes = codes(outputs * inputs);
+        // So small that f16 holds the outputs, and can be.
+        let scales: Vec<f32> = values(outputs, 43, scale).iter().map(|s| s / 256.).collect();
+        let bias = values(outputs, 47, dtype);
+        // They begin at a multiple of 16 bytes, or not.
+        let place = |values: &[f32], skipped: usize, shape: &[usize], dtype| {
+            let all = [&vec![0.; skipped], values].concat();
+            on(device, &all, dtype)?.narrow(0, skipped, values.len())?.reshape(shape)
+        };
+        let shape = (rows, outputs);
+        for biased in [false, true] {
+            let bias = biased.then_some(bias.as_slice());
+            let run = |skipped, by| {
+                let x = place(&x, skipped, &[rows, inputs], dtype)?;
+                let bytes = [&vec![0; skipped], codes.as_slice()].concat();
+                let codes = Tensor::new(bytes.as_slice(), &Device::Cpu)?;
+                let codes = codes.to_device(&Device::Cuda(device.clone()))?;
+                let codes = codes.narrow(0, skipped, outputs * inputs)?;
+                let codes = codes.reshape((outputs, inputs))?;
+                let scales = place(&scales, skipped, &[outputs, 1], scale)?;
+                let bias = bias.map(|bias| place(bias, skipped, &[outputs], dtype)).transpose()?;
+                let y = cuda::w8a8_by(&x, &codes, &scales, bias.as_ref(), by)?;
+                y.as_ref().map(back).transpose()
+            };
+            let expected = multiplied_in_int8(&x, &codes, &scales, bias, inputs, dtype);
+            for (skipped, by) in
+                [(0, Int8Kernel::Fastest), (1, Int8Kernel::Fastest), (0, Int8Kernel::Mma)]
+            {
+                let found = run(skipped, by).map_err(|error| not_run(&kernel, shape, error))?;
+                match found {
+                    Some(found) => compare(&kernel, shape, &expected, &found)?,
+                    None if inputs % 16 != 0 => {}
+                    None => {
+                        let error = candle_core::Error::msg("no kernel takes this shape");
+                        return Err(not_run(&kernel, shape, error));
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// `values` in `dtype` on the GPU. They are converted on the CPU, so that no kernel but the tested one runs.
     fn on(device: &CudaDevice, values: &[f32], dtype: DType) -> candle_core::Result<Tensor> {
         let values = Tensor::new(values, &Device::Cpu)?.to_dtype(dtype)?;
@@ -404,6 +529,46 @@ mod tests {
         let vectors = |(all, from, _): (usize, usize, usize)| all % 8 == 0 && from % 8 == 0;
         assert!(ADDED.iter().any(|a| vectors(a.y) && vectors(a.t) && a.y.1 > 0 && a.t.1 > 0));
         assert!(ADDED.iter().any(|a| !vectors(a.y) && !vectors(a.t)));
+        // In int8: tiles of 128 by 128 in steps of 64, threads that keep 32 values and 1024 of them, rows of 16 bytes.
+        let any =
+            |of: &dyn Fn(usize, usize, usize) -> bool| INT8.iter().any(|&(r, o, i)| of(r, o, i));
+        assert!(any(&|r, _, _| r > 128) && any(&|_, o, _| o > 128 && o % 128 != 0));
+        assert!(any(&|_, _, i| i > 64 && i % 64 != 0) && any(&|_, _, i| i > 1024 * 32));
+        assert!(any(&|_, o, i| o % 8 != 0 && i % 16 == 0) && any(&|_, _, i| i % 16 != 0));
+    }
+
+    #[test]
+    fn products_in_int8_are_as_near_as_their_codes() {
+        let (inputs, dtype) = (272, DType::BF16);
+        let mut x = values(4 * inputs, 41, dtype);
+        x[..inputs].fill(0.);
+        x[2 * inputs - 1] = f32::NAN;
+        let (of_x, of_rows) = quantized(&x, inputs);
+        assert!(of_x[..2 * inputs].iter().all(|&code| code == 0));
+        assert!(of_rows[0] == 0. && of_rows[1].is_nan());
+
+        let of_w = codes(5 * inputs);
+        let (scales, bias) = (values(5, 43, DType::F32), values(5, 47, dtype));
+        let y = multiplied_in_int8(&x, &of_w, &scales, Some(&bias), inputs, dtype);
+        assert_eq!(y[..5], bias);
+        assert!(y[5..10].iter().all(|y| y.is_nan()));
+
+        let w = expanded(&of_w, inputs, &scales, DType::F32);
+        let expected = multiplied(&x, &w, Some(&bias), inputs, dtype);
+        for row in 2..4 {
+            let (of_row, at) = (of_rows[row], row * inputs..(row + 1) * inputs);
+            assert_eq!(of_x[at.clone()].iter().map(|code| code.unsigned_abs()).max(), Some(127));
+            for (x, &code) in x[at.clone()].iter().zip(&of_x[at]) {
+                assert!((x - f32::from(code) * of_row).abs() <= 0.5001 * of_row, "{x} is {code}");
+            }
+            for (output, w) in w.chunks_exact(inputs).enumerate() {
+                let (expected, rounding) = expected[row * 5 + output];
+                let most: f32 = w.iter().map(|w| w.abs()).sum::<f32>() * 0.5001 * of_row;
+                let off = (y[row * 5 + output] - expected).abs();
+                assert!(off <= most + 2. * rounding, "off by {off}, {most} is allowed");
+                assert!(off > 0., "nothing was rounded");
+            }
+        }
     }
 
     #[test]

@@ -72,6 +72,12 @@ pub trait Source: Send + Sync {
         false
     }
 
+    /// Whether products with int8 weights may make the rows of their input int8 too, with a scale for each,
+    /// where the device multiplies int8 by int8. Part of the recipe.
+    fn quantizes_activations(&self) -> bool {
+        false
+    }
+
     /// Where the tensors will live.
     fn device(&self) -> &Device;
 

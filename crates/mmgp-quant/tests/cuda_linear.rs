@@ -1,13 +1,17 @@
 //! Linear layers on a CUDA device agree with the CPU: the expansion of int8 weights bit for bit, products
-//! within the rounding of the compute dtype. These tests fail where no CUDA device can be opened.
+//! within the rounding of the compute dtype, and those in int8 within what rounding the input costs. With
+//! `--nocapture` what products take is told too. These tests fail where no CUDA device can be opened.
 #![cfg(feature = "cuda")]
 #![allow(clippy::unwrap_used)] // helpers of tests may panic
+
+use std::time::Instant;
 
 use candle_core::{
     CpuStorage, CudaStorage, D, DType, Device, InplaceOp1, Layout, Tensor, backend::BackendDevice,
 };
 use mmgp_quant::{
-    Band, Bias, Form, Linear, MemorySource, Part, Source, Stored, Weights, add_low_rank,
+    Band, Bias, Form, Int8Kernel, Linear, MemorySource, Part, Source, Stored, Weights,
+    add_low_rank, w8a8, w8a8_by,
 };
 
 const DTYPES: [DType; 3] = [DType::BF16, DType::F16, DType::F32];
@@ -40,10 +44,11 @@ fn tolerance(dtype: DType) -> f64 {
     }
 }
 
-/// A memory source with another compute dtype.
+/// A memory source with another compute dtype, whose products may make their input int8.
 struct In {
     source: MemorySource,
     dtype: DType,
+    activations: bool,
 }
 
 impl Source for In {
@@ -56,6 +61,10 @@ impl Source for In {
             Form::Compute => Ok(self.source.tensor(parts, Form::AsStored)?.to_dtype(self.dtype)?),
             form => self.source.tensor(parts, form),
         }
+    }
+
+    fn quantizes_activations(&self) -> bool {
+        self.activations
     }
 
     fn device(&self) -> &Device {
@@ -88,16 +97,27 @@ fn scales(outputs: usize, dtype: DType) -> Tensor {
 
 fn layer(
     tensors: &[(&str, &Tensor)],
-    (outputs, inputs): (usize, usize),
+    dims: (usize, usize),
     bias: Bias,
     dtype: DType,
+    dev: &Device,
+) -> Result<Linear, Any> {
+    layer_with(tensors, dims, bias, (dtype, false), dev)
+}
+
+/// A layer that computes in a dtype, its input made int8 or not.
+fn layer_with(
+    tensors: &[(&str, &Tensor)],
+    (outputs, inputs): (usize, usize),
+    bias: Bias,
+    (dtype, activations): (DType, bool),
     dev: &Device,
 ) -> Result<Linear, Any> {
     let mut source = MemorySource::new(dev);
     for (name, tensor) in tensors {
         source = source.with(*name, tensor.to_device(dev)?);
     }
-    Ok(Weights::new(In { source, dtype }).linear(inputs, outputs, bias)?)
+    Ok(Weights::new(In { source, dtype, activations }).linear(inputs, outputs, bias)?)
 }
 
 fn bits(t: &Tensor) -> Vec<u32> {
@@ -162,9 +182,7 @@ fn cuda_products_are_close_to_f64() -> Result<(), Any> {
 
             for scale_dtype in DTYPES {
                 let (codes, scales) = (codes(outputs, inputs), scales(outputs, scale_dtype));
-                let signed = codes.to_dtype(DType::F64)?;
-                let signed = (&signed - (signed.ge(128.)?.to_dtype(DType::F64)? * 256.)?)?;
-                let weight = signed.broadcast_mul(&scales.to_dtype(DType::F64)?)?;
+                let weight = decoded(&codes, &scales)?;
                 let tensors =
                     [("weight._data", &codes), ("weight._scale", &scales), ("bias", &bias)];
                 let y = layer(&tensors, dims, Bias::Yes, dtype, &dev)?.forward(&on_gpu)?;
@@ -275,6 +293,196 @@ fn cuda_low_rank_takes_adapters_as_they_are_stored() -> Result<(), Any> {
     Ok(())
 }
 
+/// `(rows of the input, outputs, inputs)` that products in int8 take: cut tiles, outputs that are no multiple of 8.
+const IN_INT8: [(usize, usize, usize); 7] = [
+    (1, 64, 96),
+    (3, 136, 16),
+    (17, 33, 128),
+    (77, 264, 336),
+    (300, 257, 1008),
+    (130, 3072, 768),
+    (512, 64, 12288),
+];
+
+/// The weight of codes and scales, in f64.
+fn decoded(codes: &Tensor, scales: &Tensor) -> Result<Tensor, Any> {
+    let codes = codes.to_dtype(DType::F64)?;
+    let signed = (&codes - (codes.ge(128.)?.to_dtype(DType::F64)? * 256.)?)?;
+    Ok(signed.broadcast_mul(&scales.to_dtype(DType::F64)?)?)
+}
+
+#[test]
+fn cuda_w8a8_is_as_close_to_f64_as_rounding_the_input_allows() -> Result<(), Any> {
+    let dev = gpu();
+    for (rows, outputs, inputs) in IN_INT8 {
+        for dtype in [DType::BF16, DType::F16] {
+            let (x, bias) = (rand(&[rows, inputs], dtype), rand(&[outputs], dtype));
+            for scale_dtype in DTYPES {
+                let codes = codes(outputs, inputs);
+                // So small that f16 holds the outputs.
+                let scales = (scales(outputs, DType::F32) / 16.)?.to_dtype(scale_dtype)?;
+                let weight = decoded(&codes, &scales)?;
+                let expected = reference(&x, &weight, &bias);
+                // Half a code of each input, half a step of the output's numbers, and three roundings in f32.
+                let wide = x.to_dtype(DType::F64)?.abs()?;
+                let half = (wide.max_keepdim(1)? / 254.)?;
+                let by_codes = half.matmul(&weight.abs()?.sum_keepdim(1)?.t()?.contiguous()?)?;
+                let step = if dtype == DType::BF16 { 2f64.powi(-9) } else { 2f64.powi(-12) };
+                let by_rounding = (magnitude(&x, &weight, &bias) * 1e-6)?;
+                let by_rounding =
+                    (by_rounding + ((expected.abs()? + &by_codes)? * (step * 1.01))?)?;
+                let allowed = ((by_codes + by_rounding)? + 1e-7)?;
+
+                let (on_x, on_bias) = (x.to_device(&dev)?, bias.to_device(&dev)?);
+                let (on_codes, on_scales) = (codes.to_device(&dev)?, scales.to_device(&dev)?);
+                let mut seen: Option<Vec<u32>> = None;
+                for by in [Int8Kernel::Fastest, Int8Kernel::Mma] {
+                    let what = format!(
+                        "{rows}, [{outputs}, {inputs}] {dtype:?} by {scale_dtype:?}, {by:?}"
+                    );
+                    let y = w8a8_by(&on_x, &on_codes, &on_scales, Some(&on_bias), by)?
+                        .ok_or("refused")?;
+                    assert_eq!((y.dtype(), y.dims()), (dtype, &[rows, outputs][..]), "{what}");
+                    let wide = y.to_device(&Device::Cpu)?.to_dtype(DType::F64)?;
+                    let far = ((&wide - &expected)?.abs()? / &allowed)?;
+                    let far = far.max_all()?.to_scalar::<f64>()?;
+                    assert!(far <= 1., "{what}: off by {far} times what is allowed");
+                    // All values together are much nearer than the worst may be.
+                    let square = |t: &Tensor| t.sqr()?.sum_all()?.to_scalar::<f64>();
+                    let error = (square(&(&wide - &expected)?)? / square(&expected)?).sqrt();
+                    assert!(error < 0.02, "{what}: off by {error} in the mean");
+                    // Both kernels give the same bits, and again.
+                    let again = w8a8_by(&on_x, &on_codes, &on_scales, Some(&on_bias), by)?;
+                    assert_eq!(bits(&again.ok_or("refused")?), bits(&y), "{what}: twice");
+                    let first = seen.get_or_insert_with(|| bits(&y));
+                    assert!(*first == bits(&y), "{what}: other bits than the other kernel");
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn cuda_layers_make_their_input_int8_only_where_that_is_allowed() -> Result<(), Any> {
+    let dev = gpu();
+    for (rows, outputs, inputs) in IN_INT8.into_iter().chain(SHAPES) {
+        for dtype in DTYPES {
+            let (x, bias) = (rand(&[rows, inputs], dtype), rand(&[outputs], dtype));
+            let (codes, scales) = (codes(outputs, inputs), scales(outputs, DType::BF16));
+            let run = |activations, skipped| -> Result<Vec<u32>, Any> {
+                let codes = placed(&codes, skipped, &dev)?;
+                let scales = placed(&scales, skipped, &dev)?;
+                let bias = placed(&bias, skipped, &dev)?;
+                let tensors =
+                    [("weight._data", &codes), ("weight._scale", &scales), ("bias", &bias)];
+                let with = (dtype, activations);
+                let layer = layer_with(&tensors, (outputs, inputs), Bias::Yes, with, &dev)?;
+                Ok(bits(&layer.forward(&placed(&x, skipped, &dev)?)?))
+            };
+            let what = format!("{rows}, [{outputs}, {inputs}] {dtype:?}");
+            let (int8, not) = (run(true, 0)?, run(false, 0)?);
+            let taken = dtype != DType::F32 && inputs % 16 == 0;
+            if taken {
+                let [x, codes, scales, bias] =
+                    [&x, &codes, &scales, &bias].map(|tensor| tensor.to_device(&dev));
+                let y = w8a8(&x?, &codes?, &scales?, Some(&bias?))?.ok_or("refused")?;
+                assert_eq!(int8, bits(&y), "{what}");
+                assert!(rows * outputs < 64 || int8 != not, "{what}: the input was not made int8");
+            } else {
+                assert_eq!(int8, not, "{what}: other shapes and dtypes are computed as ever");
+            }
+            // 256 bytes and more further, as weights in slots lie; and where no vector begins.
+            for skipped in [256, 16, 1] {
+                assert_eq!(run(true, skipped)?, int8, "{what}, {skipped} further");
+            }
+        }
+    }
+    Ok(())
+}
+
+/// `(inputs, outputs)` of FLUX' layers: joined projections, the feed-forward's both ways, a single block's.
+const TIMED: [(usize, usize); 5] =
+    [(3072, 9216), (3072, 12288), (12288, 3072), (15360, 3072), (3072, 21504)];
+
+/// Codes and scales of a dense f32 weight, on its device.
+fn quantized(weight: &Tensor) -> Result<(Tensor, Tensor), Any> {
+    let scales = (weight.abs()?.max_keepdim(1)? / 127.)?;
+    let codes = weight.broadcast_div(&scales)?.round()?;
+    let codes = (&codes + (codes.lt(0.)?.to_dtype(DType::F32)? * 256.)?)?;
+    Ok((codes.to_dtype(DType::U8)?, scales))
+}
+
+/// Seconds of one of many runs back to back.
+fn seconds(
+    dev: &Device,
+    run: impl Fn() -> candle_core::Result<Tensor>,
+) -> candle_core::Result<f64> {
+    const RUNS: u32 = 30;
+    for _ in 0..5 {
+        run()?;
+    }
+    dev.synchronize()?;
+    let begun = Instant::now();
+    for _ in 0..RUNS {
+        run()?;
+    }
+    dev.synchronize()?;
+    Ok(begun.elapsed().as_secs_f64() / f64::from(RUNS))
+}
+
+#[test]
+fn cuda_w8a8_of_normal_values_is_near_bf16() -> Result<(), Any> {
+    let dev = gpu();
+    println!(
+        "rows inputs outputs |   w8a8 ms TOPS |   mma ms TOPS |   bf16 ms TOPS |  w8a16 ms TOPS | error cosine"
+    );
+    for rows in [4608, 1536] {
+        for (inputs, outputs) in TIMED {
+            let weight = Tensor::randn(0f32, 1., (outputs, inputs), &dev)?;
+            let (codes, scales) = quantized(&weight)?;
+            let weight = weight.to_dtype(DType::BF16)?;
+            let x = Tensor::randn(0f32, 1., (rows, inputs), &dev)?.to_dtype(DType::BF16)?;
+            let stored = [("weight._data", &codes), ("weight._scale", &scales)];
+            let open = |tensors: &[(&str, &Tensor)], activations| {
+                let with = (DType::BF16, activations);
+                layer_with(tensors, (outputs, inputs), Bias::No, with, &dev)
+            };
+            let (int8, expanded) = (open(&stored, true)?, open(&stored, false)?);
+            let dense = open(&[("weight", &weight)], false)?;
+            let mma = || {
+                let y = w8a8_by(&x, &codes, &scales, None, Int8Kernel::Mma)?;
+                y.ok_or_else(|| candle_core::Error::msg("refused"))
+            };
+            let took = [
+                seconds(&dev, || int8.forward(&x))?,
+                seconds(&dev, mma)?,
+                seconds(&dev, || dense.forward(&x))?,
+                seconds(&dev, || expanded.forward(&x))?,
+            ];
+            let (y, expected) = (int8.forward(&x)?, dense.forward(&x)?);
+            let (y, expected) = (y.to_dtype(DType::F32)?, expected.to_dtype(DType::F32)?);
+            let dot = |a: &Tensor, b: &Tensor| -> candle_core::Result<f64> {
+                // Row by row first: one sum in f32 of a hundred million squares would lose digits.
+                let rows = (a * b)?.sum(1)?.to_device(&Device::Cpu)?.to_dtype(DType::F64)?;
+                rows.sum_all()?.to_scalar()
+            };
+            let of = dot(&expected, &expected)?;
+            let off = (&y - &expected)?;
+            let error = (dot(&off, &off)? / of).sqrt();
+            let cosine = dot(&y, &expected)? / (dot(&y, &y)? * of).sqrt();
+            let operations = 2e-12 * (rows * inputs * outputs) as f64;
+            let columns = took.map(|s| format!("{:9.4} {:5.0}", s * 1e3, operations / s));
+            println!(
+                "{rows} {inputs:6} {outputs:7} | {} | {error:.4} {cosine:.6}",
+                columns.join(" | ")
+            );
+            assert!(error < 0.02 && cosine > 0.9995, "off by {error}, cosine {cosine}");
+        }
+    }
+    Ok(())
+}
+
 /// Leaves what a weight without a lease has: a tiny storage of another dtype.
 struct Unbind;
 
@@ -314,6 +522,20 @@ fn cuda_weights_without_a_lease_are_errors() -> Result<(), Any> {
         let (_, tensor) = tensors.iter().find(|(name, _)| *name == unbound).ok_or(unbound)?;
         tensor.inplace_op1(&Unbind)?;
         assert!(layer.forward(&x).is_err(), "{unbound}");
+    }
+    for unbound in ["weight._data", "weight._scale", "bias"] {
+        let tensors = [
+            ("bias", on_gpu(rand(&[8], dtype))?),
+            ("weight._data", on_gpu(codes(8, 16))?),
+            ("weight._scale", on_gpu(scales(8, dtype))?),
+        ];
+        let borrowed = tensors.each_ref().map(|(name, tensor)| (*name, tensor));
+        let layer = layer_with(&borrowed, (8, 16), Bias::Yes, (dtype, true), &dev)?;
+        let x = on_gpu(rand(&[2, 16], dtype))?;
+        assert_eq!(layer.forward(&x)?.dim(D::Minus1)?, 8);
+        let (_, tensor) = tensors.iter().find(|(name, _)| *name == unbound).ok_or(unbound)?;
+        tensor.inplace_op1(&Unbind)?;
+        assert!(layer.forward(&x).is_err(), "{unbound}, in int8");
     }
     for stored in [dtype, DType::F32] {
         let (a, b) = (on_gpu(rand(&[2, 7], stored))?, on_gpu(rand(&[5, 2], stored))?);

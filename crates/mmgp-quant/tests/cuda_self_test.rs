@@ -4,7 +4,7 @@
 #![allow(clippy::unwrap_used)] // tests may panic
 
 use candle_core::CudaDevice;
-use mmgp_quant::{Card, kernel_image, self_test};
+use mmgp_quant::{Card, kernel_images, self_test};
 
 #[test]
 fn cuda_kernels_equal_their_twins() {
@@ -23,7 +23,10 @@ fn cuda_cards_that_do_not_exist_are_errors() {
 }
 
 #[test]
-fn cuda_image_is_one_fat_binary() {
-    // Its magic number; the driver finds the code for the card in it.
-    assert_eq!(kernel_image()[..4], 0xba55_ed50u32.to_le_bytes());
+fn cuda_images_are_fat_binaries() {
+    // Their magic number; the driver finds the code for the card in each.
+    let [int8, w8a8, _] = kernel_images();
+    for image in [int8, w8a8] {
+        assert_eq!(image[..4], 0xba55_ed50u32.to_le_bytes());
+    }
 }

@@ -5,6 +5,7 @@ use std::{fmt, str::FromStr};
 #[cfg(feature = "cuda")]
 use candle_core::CudaDevice;
 use candle_core::Device;
+use mmgp_models::Activations;
 use mmgp_profiles::Hardware;
 use mmgp_residency::{Bytes, Error, Pager};
 
@@ -33,6 +34,8 @@ pub(crate) struct GpuUse {
     pub(crate) locked_share: Option<f64>,
     /// Whether computing waits for each copy.
     pub(crate) synchronous: bool,
+    /// What products with int8 weights take of their input.
+    pub(crate) activations: Activations,
 }
 
 /// A device that was opened.
@@ -48,16 +51,21 @@ impl DeviceChoice {
     /// Opens the device.
     pub(crate) fn open(self, gpu: &GpuUse) -> mmgp_residency::Result<Opened> {
         let limited = gpu.vram_limit.is_some() || gpu.link_limit.is_some();
+        let int8 = gpu.activations == Activations::Int8;
         match self {
             Self::Cpu if limited => {
                 Err(Error::Device("a limit on VRAM or on the link needs a GPU".into()))
             }
+            Self::Cpu if int8 => Err(Error::Device("int8 activations need a GPU".into())),
             Self::Cpu => cpu(),
             Self::Cuda(ordinal) => cuda(ordinal, gpu),
             Self::Auto => cuda(0, gpu).or_else(|error| {
                 use mmgp_residency::Error::Quant;
                 if limited {
                     return Err(error); // whoever limits a GPU means one
+                }
+                if int8 {
+                    return Err(Error::Device(format!("int8 activations need a GPU: {error}")));
                 }
                 match &error {
                     Quant(e) if matches!(**e, mmgp_quant::Error::Kernel { .. }) => {
@@ -115,7 +123,8 @@ fn cuda(ordinal: usize, gpu: &GpuUse) -> mmgp_residency::Result<Opened> {
         use mmgp_models::nn::cuda as nn;
         let driver = driver.as_deref();
         let library = mmgp_quant::product_library().to_le_bytes();
-        let tested = [mmgp_quant::kernel_image(), &library];
+        let [int8, w8a8, hopper] = mmgp_quant::kernel_images();
+        let tested = [int8, w8a8, hopper, &library];
         self_test(&card, driver, &tested, || mmgp_quant::self_test(device))?;
         match self_test(&card, driver, &[nn::kernel_image()], || nn::self_test(device)) {
             Ok(()) => nn::enable(device),
@@ -258,8 +267,14 @@ mod tests {
         assert!(error.contains("--features cuda"), "{error}");
         assert!(pager(DeviceChoice::Auto, &any).is_ok());
         // Limits of a GPU are never left out silently.
-        let limited = GpuUse { vram_limit: Some(Bytes(1 << 33)), ..any };
+        let limited = GpuUse { vram_limit: Some(Bytes(1 << 33)), ..GpuUse::default() };
         assert!(pager(DeviceChoice::Auto, &limited).is_err());
         assert!(pager(DeviceChoice::Cpu, &limited).is_err());
+        // Nor is what only a GPU computes.
+        let int8 = GpuUse { activations: Activations::Int8, ..any };
+        for choice in [DeviceChoice::Auto, DeviceChoice::Cpu] {
+            let error = pager(choice, &int8).err().unwrap_or_default();
+            assert!(error.contains("int8 activations need a GPU"), "{choice}: {error}");
+        }
     }
 }

@@ -59,7 +59,8 @@ pub use latents::{About, Denoised};
 pub use mmgp_io::Overwrite;
 pub use mmgp_lora::{AdapterArg, Skipped, StepWeights, Unfit};
 pub use mmgp_models::{
-    Defaults, Event, GuidanceSchedule, Latents, Output, Picture, Pipeline, Recipe, Request, Tiles,
+    Activations, Defaults, Event, GuidanceSchedule, Latents, Output, Picture, Pipeline, Recipe,
+    Request, Tiles,
 };
 pub use mmgp_profiles::{Amounts, Hardware, Models, Profile, Settings, Switch};
 pub use mmgp_residency::{Budget, Budgets, Bytes, Forecast, Plan, Report, process_peak};

@@ -11,8 +11,8 @@ use candle_nn::VarBuilder;
 use mmgp_io::{Checkpoint, Overwrite};
 use mmgp_lora::{Adapter, AdapterArg, AdapterSet, Skipped, StepWeights, Steps, Unfit};
 use mmgp_models::{
-    Event, Latents, ModelIndex, OpenOptions, Output, Picture, Pipeline, Replaced, Request,
-    open_pipeline,
+    Activations, Event, Latents, ModelIndex, OpenOptions, Output, Picture, Pipeline, Replaced,
+    Request, open_pipeline,
 };
 use mmgp_profiles::{Profile, Settings, Switch};
 use mmgp_residency::{
@@ -32,6 +32,7 @@ const ADAPTED: [&str; 3] = ["transformer", "text_encoder", "text_encoder_2"];
 pub struct Offload {
     pager: Pager,
     settings: Settings,
+    activations: Activations,
     budgets: Budgets,
     adapters: Option<AdapterSet>,
     store: Option<Stored>,
@@ -84,6 +85,14 @@ impl OffloadBuilder {
         self
     }
 
+    /// What products with int8 weights take of their input. [`Activations::Int8`] is faster on GPUs that multiply
+    /// int8 by int8, with an error of about 1.2 % in each product of normal values, and needs a GPU.
+    #[must_use]
+    pub fn activations(mut self, activations: Activations) -> Self {
+        self.gpu.activations = activations;
+        self
+    }
+
     /// A cap of one model beside the budget of all.
     #[must_use]
     pub fn model_budget(mut self, model: &str, budget: Budget) -> Self {
@@ -120,6 +129,7 @@ impl OffloadBuilder {
         let Opened { pager, machine } = self.device.open(&gpu)?;
         Ok(Offload {
             pager,
+            activations: gpu.activations,
             times: Times::new(self.store.as_ref().map(|s| s.store.times()), machine, &gpu),
             settings: self.settings,
             budgets: self.budgets,
@@ -169,6 +179,7 @@ impl Offload {
         let options = OpenOptions {
             quantize: quantize.into_iter().map(String::from).collect(),
             exclude: self.settings.quantize_exclude.get().clone(),
+            activations: self.activations,
             replaced: Vec::new(),
         };
         let names: Vec<&str> = classes.iter().map(|(name, _)| *name).collect();
@@ -187,7 +198,9 @@ impl Offload {
             return Ok(options);
         }
         let making = Pager::new(&Device::Cpu)?;
-        let pipeline = open_pipeline(dir, &making, &options)?;
+        // It only writes weights, which are the same whatever multiplies by them.
+        let weights = OpenOptions { activations: Activations::default(), ..options.clone() };
+        let pipeline = open_pipeline(dir, &making, &weights)?;
         let sizes = making.plan(Budget::Min)?;
         let mut recipe = format!("int8 but {:?}", options.exclude);
         // Digests are of blocks as they lie in slots, where norms and biases have the compute dtype.

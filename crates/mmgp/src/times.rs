@@ -5,7 +5,7 @@
 
 use std::{cell::RefCell, collections::BTreeMap};
 
-use mmgp_models::{Pipeline, Request};
+use mmgp_models::{Activations, Pipeline, Request};
 use mmgp_residency::{Bytes, Pager, PassCosts};
 use serde::{Deserialize, Serialize};
 
@@ -19,6 +19,7 @@ pub(crate) struct Times {
     notes: Option<Notes>,
     machine: String,
     copies: Copies,
+    activations: Activations,
     /// What each model's passes are now.
     subjects: RefCell<BTreeMap<String, Subject>>,
 }
@@ -35,7 +36,7 @@ struct Subject {
     blocks: Vec<(String, u64)>,
     /// The dtypes in slots, and the bytes in files.
     form: (String, u64),
-    /// The dtype of activations.
+    /// The dtype of activations, and what products with int8 weights make of them.
     compute: String,
     width: usize,
     height: usize,
@@ -55,11 +56,12 @@ impl Times {
     /// Kept in `notes`, unless it is not known what the machine is.
     pub(crate) fn new(notes: Option<Notes>, machine: Option<String>, gpu: &GpuUse) -> Self {
         // A limit on VRAM changes what is copied, not how fast.
-        let GpuUse { vram_limit: _, link_limit, locked_share, synchronous } = *gpu;
+        let GpuUse { vram_limit: _, link_limit, locked_share, synchronous, activations } = *gpu;
         Self {
             notes: notes.filter(|_| machine.is_some()),
             machine: machine.unwrap_or_default(),
             copies: Copies { synchronous, link_limit: link_limit.map(|b| b.0), locked_share },
+            activations,
             subjects: RefCell::default(),
         }
     }
@@ -134,7 +136,10 @@ impl Times {
             model: model.into(),
             blocks: blocks.into_iter().map(|(name, Bytes(bytes))| (name, bytes)).collect(),
             form: (about.form, about.disk.0),
-            compute: format!("{:?}", pager.device().compute_dtype()),
+            compute: match (pager.device().compute_dtype(), self.activations) {
+                (dtype, Activations::AsTheyAre) => format!("{dtype:?}"),
+                (dtype, Activations::Int8) => format!("{dtype:?}, int8 in products"),
+            },
             width: *width,
             height: *height,
             frames: *frames,

@@ -217,3 +217,9 @@ fn requests_that_cannot_be_drawn() {
     refused(fine, &["--out", "nowhere/it.png"], &["nowhere"]);
     refused(fine, &["--out", "it.jpg"], &["it.jpg", ".png"]);
 }
+
+#[test]
+fn int8_activations_on_the_cpu() {
+    let options = ["--int8-activations", "--quantize", "int8", "--store", "off", "--device", "cpu"];
+    refused(|_| {}, &options, &["int8 activations need a GPU"]);
+}

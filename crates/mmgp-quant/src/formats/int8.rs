@@ -5,7 +5,8 @@
 //! travel as bytes, since candle has no I8, and stay int8 on the device. The product expands 64 rows at
 //! a time to `code · scale`: in f32, or, where the source says so, rounded to the scale's dtype, as
 //! quanto and [`decode`](QuantTensor::decode) do. On CUDA it expands the whole weight to the compute
-//! dtype, for the time of one product.
+//! dtype, for the time of one product; or, where the source allows that, makes the rows of the input int8 and
+//! multiplies in int8, with no expansion.
 
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
@@ -15,7 +16,7 @@ use mmgp_io::Dtype;
 
 use super::dense::{product, product_on_device, slice};
 use crate::{
-    Error, Form, Format, Part, QuantTensor, Result, Weights,
+    Error, Form, Format, Part, QuantTensor, Result, Source, Weights,
     kernels::{
         cpu::{Rounding, Rows},
         int8,
@@ -53,7 +54,7 @@ impl Format for Int8 {
         if source.quantizes(parts) {
             let codes = source.tensor(parts, Form::Int8Codes)?;
             let scales = source.tensor(parts, Form::Int8Scales)?;
-            return Ok(Box::new(Int8Weight { codes, scales, rounded: source.rounds_int8() }));
+            return Ok(Box::new(Int8Weight::new(codes, scales, source)));
         }
         let inputs = parts.first().and_then(|p| p.shape.get(1)).copied();
         let scales = of(parts, Self::SCALES, None);
@@ -71,7 +72,7 @@ impl Format for Int8 {
         }
         let codes = source.tensor(&of(parts, Self::CODES, inputs), Form::AsStored)?;
         let scales = source.tensor(&scales, Form::AsStored)?;
-        Ok(Box::new(Int8Weight { codes, scales, rounded: source.rounds_int8() }))
+        Ok(Box::new(Int8Weight::new(codes, scales, source)))
     }
 }
 
@@ -82,6 +83,9 @@ struct Int8Weight {
     scales: Tensor,
     /// Whether products round `code · scale` to the scale's dtype.
     rounded: bool,
+    /// Whether products may make the input int8.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))] // the CPU does not
+    activations: bool,
 }
 
 impl QuantTensor for Int8Weight {
@@ -91,6 +95,12 @@ impl QuantTensor for Int8Weight {
 
     fn product(&self, x: &Tensor, bias: Option<&Tensor>) -> candle_core::Result<Tensor> {
         if !x.device().is_cpu() {
+            #[cfg(feature = "cuda")]
+            if self.activations
+                && let Some(y) = crate::kernels::cuda::w8a8(x, &self.codes, &self.scales, bias)?
+            {
+                return Ok(y);
+            }
             return product_on_device(x, &self.expanded(x.dtype())?, bias);
         }
         let y =
@@ -107,6 +117,11 @@ impl QuantTensor for Int8Weight {
 }
 
 impl Int8Weight {
+    fn new(codes: Tensor, scales: Tensor, source: &dyn Source) -> Self {
+        let (rounded, activations) = (source.rounds_int8(), source.quantizes_activations());
+        Self { codes, scales, rounded, activations }
+    }
+
     /// The whole weight in `dtype`, through the scale's dtype where that rounding is wanted.
     fn expanded(&self, dtype: DType) -> candle_core::Result<Tensor> {
         let stored = self.scales.dtype();

@@ -4,7 +4,8 @@ use std::{path::Path, sync::atomic::Ordering};
 
 use anyhow::Context;
 use mmgp::{
-    Budget, Bytes, DeviceChoice, Hardware, Offload, Pipeline, Plan, Profile, Request, Settings,
+    Activations, Budget, Bytes, DeviceChoice, Hardware, Offload, Pipeline, Plan, Profile, Request,
+    Settings,
 };
 
 use super::quantize::{Keep, Quantize};
@@ -39,6 +40,12 @@ pub(crate) struct Machine {
 
     #[command(flatten)]
     quantize: Quantize,
+
+    /// Multiply int8 weights by int8 activations, made row by row: faster on GPUs with int8 tensor cores, with an error
+    /// of about 1.2 % in each product of normal values (less exact than int8 weights alone). Acts where weights are
+    /// int8, as --quantize makes them; needs a GPU
+    #[arg(long)]
+    int8_activations: bool,
 
     #[command(flatten)]
     keep: Keep,
@@ -85,6 +92,9 @@ impl Machine {
             eprintln!("{}", settings.explain(&Hardware::detect()));
         }
         let mut builder = Offload::builder().device(self.device).settings(settings);
+        if self.int8_activations {
+            builder = builder.activations(Activations::Int8);
+        }
         if let Some(limit) = self.vram_limit {
             builder = builder.vram_limit(limit);
         }
@@ -96,6 +106,13 @@ impl Machine {
         }
         let mut offload = builder.build()?;
         let pipeline = offload.pipeline(dir)?;
+        let int8 = |form: &str| form.split('+').any(|dtype| dtype == "u8");
+        if self.int8_activations && !offload.report().models.iter().any(|m| int8(&m.form)) {
+            eprintln!(
+                "warning: --int8-activations does nothing here: no weights are int8; --quantize int8 makes the \
+                 transformer's so"
+            );
+        }
         Ok((offload, pipeline))
     }
 

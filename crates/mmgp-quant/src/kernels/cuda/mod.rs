@@ -1,12 +1,15 @@
-//! The kernels of NVIDIA GPUs: int8 weights expanded to a floating-point dtype, biases added in place; and
-//! products by cublasLt (`product.rs`).
+//! The kernels of NVIDIA GPUs: int8 weights expanded to a floating-point dtype, biases added in place;
+//! products by cublasLt (`product.rs`); and products in int8 (`w8a8.rs`, `hopper.rs`).
 //!
 //! Kernels are compiled ahead (`build.rs`) and loaded once per CUDA context, at the first use. Launches
 //! are queued on candle's stream and never synchronize the host. Lengths and dtypes are checked here,
 //! since weights that are not leased hold an empty storage of another dtype.
 
+#[cfg(w8a8_sm90)]
+mod hopper;
 mod image;
 mod product;
+mod w8a8;
 
 use candle_core::{
     CpuStorage, CudaStorage, DType, InplaceOp2, Layout, Result, Shape,
@@ -19,16 +22,25 @@ use candle_core::{
 };
 use half::{bf16, f16};
 
-pub(crate) use self::product::{add_product, product};
-pub use self::{image::KernelImage, product::product_library};
+pub use self::{
+    image::KernelImage,
+    product::product_library,
+    w8a8::{Int8Kernel, w8a8, w8a8_by},
+};
+pub(crate) use self::{
+    product::{add_product, product},
+    w8a8::{quantize_name, w8a8_name},
+};
 
 /// Machine code and PTX of `int8.cu`.
 static KERNELS: KernelImage =
     KernelImage::new(include_bytes!(concat!(env!("OUT_DIR"), "/int8.fatbin")));
 
-/// The kernels as they were compiled: what a self-test's result is about, beside the card and the driver.
-pub fn kernel_image() -> &'static [u8] {
-    KERNELS.bytes()
+/// The kernels as they were compiled: what a self-test's result is about, beside the card and the driver. The last
+/// is a digest of the library for Hopper, empty if the build has none.
+pub fn kernel_images() -> [&'static [u8]; 3] {
+    let hopper = include_bytes!(concat!(env!("OUT_DIR"), "/w8a8_sm90.digest"));
+    [KERNELS.bytes(), w8a8::KERNELS.bytes(), hopper]
 }
 
 /// Threads of a block.

@@ -229,7 +229,10 @@ fn begins<T: Half>(values: usize) -> u32 {
 }
 
 /// `tensor`, or a copy of it where it does not begin as operands must.
-fn aligned<T: Half>(tensor: &Tensor, device: &CudaDevice) -> Result<Tensor> {
+pub(super) fn aligned<T: CudaDType + DeviceRepr + 'static>(
+    tensor: &Tensor,
+    device: &CudaDevice,
+) -> Result<Tensor> {
     let begins = {
         let (storage, layout) = tensor.storage_and_layout();
         address::<T>(&storage, layout, &device.cuda_stream())?.0
@@ -242,7 +245,7 @@ fn is_multiple(address: u64, bytes: u32) -> bool {
 }
 
 /// Where the values that a contiguous `layout` shows of `storage` begin, held to the memory that it has.
-fn address<'a, T: Half>(
+pub(super) fn address<'a, T: CudaDType + DeviceRepr + 'static>(
     storage: &'a Storage,
     layout: &Layout,
     stream: &'a CudaStream,

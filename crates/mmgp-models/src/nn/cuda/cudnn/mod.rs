@@ -289,6 +289,7 @@ impl Lies {
 
 /// All that a plan depends on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[allow(clippy::large_enum_variant)] // few are kept, and none is boxed at each call
 enum Key {
     Attention(attention::Attention),
     Convolution(Convolution),

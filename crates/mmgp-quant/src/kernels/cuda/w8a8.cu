@@ -1,0 +1,289 @@
+// Products of int8 activations and int8 weights: rows quantized, and the product by the tensor cores of all cards
+// from compute capability 8.0 on.
+//
+// Compiled ahead into one fat binary. All pointers are multiples of 16 bytes and rows of `inputs` are too, so
+// that everything is read 16 bytes at a time; other widths are refused by the caller.
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cstdint>
+
+typedef unsigned long long u64;
+
+template <typename T> struct Half;
+template <> struct Half<__half> {
+    typedef __half2 Pair;
+    static __device__ __forceinline__ float2 wide(Pair v) { return __half22float2(v); }
+    static __device__ __forceinline__ float wide(__half v) { return __half2float(v); }
+    static __device__ __forceinline__ __half rounded(float v) { return __float2half_rn(v); }
+};
+template <> struct Half<__nv_bfloat16> {
+    typedef __nv_bfloat162 Pair;
+    static __device__ __forceinline__ float2 wide(Pair v) { return __bfloat1622float2(v); }
+    static __device__ __forceinline__ float wide(__nv_bfloat16 v) { return __bfloat162float(v); }
+    static __device__ __forceinline__ __nv_bfloat16 rounded(float v) { return __float2bfloat16_rn(v); }
+};
+
+static __device__ __forceinline__ float wide(float v) { return v; }
+static __device__ __forceinline__ float wide(__half v) { return __half2float(v); }
+static __device__ __forceinline__ float wide(__nv_bfloat16 v) { return __bfloat162float(v); }
+
+// Rows whose largest magnitude is below this count as zeros: its inverse must be finite.
+constexpr float LEAST = 1e-30f;
+// Vectors of 8 values that a thread keeps between finding the largest and writing the codes.
+constexpr int KEPT = 4;
+
+// The larger magnitudes of each half; NaN if there is one.
+template <typename T>
+static __device__ __forceinline__ typename Half<T>::Pair larger(typename Half<T>::Pair most, uint4 v) {
+    typedef typename Half<T>::Pair Pair;
+    const Pair *pairs = reinterpret_cast<const Pair *>(&v);
+#pragma unroll
+    for (int i = 0; i < 4; i++) most = __hmax2_nan(most, __habs2(pairs[i]));
+    return most;
+}
+
+template <typename T> static __device__ __forceinline__ uint2 coded(uint4 v, float inverse) {
+    typedef typename Half<T>::Pair Pair;
+    const Pair *pairs = reinterpret_cast<const Pair *>(&v);
+    uint32_t words[2] = {0, 0};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const float2 x = Half<T>::wide(pairs[i]);
+        // At most 127 by its rounding; to nearest, ties to even.
+        const int low = __float2int_rn(__fmul_rn(x.x, inverse));
+        const int high = __float2int_rn(__fmul_rn(x.y, inverse));
+        words[i / 2] |= (uint32_t)((low & 255) | (high & 255) << 8) << (i % 2 * 16);
+    }
+    return make_uint2(words[0], words[1]);
+}
+
+// `codes[row] = x[row] / row_scales[row]` with the scale that makes the largest magnitude 127, a block a row. Rows of
+// zeros get codes and scale 0; rows with a NaN or an infinity get codes 0 and the scale NaN, so that all that
+// is computed from them is NaN. Blocks behind the rows widen the weight's scales for the product.
+template <typename T, typename S>
+static __device__ __forceinline__ void quantize(
+    const T *__restrict__ x, int8_t *__restrict__ codes, float *__restrict__ row_scales, int rows,
+    int inputs, const S *__restrict__ scales, float *__restrict__ wide_scales, int outputs
+) {
+    if (blockIdx.x >= rows) {
+        const int step = (gridDim.x - rows) * blockDim.x;
+        for (int i = (blockIdx.x - rows) * blockDim.x + threadIdx.x; i < outputs; i += step)
+            wide_scales[i] = wide(scales[i]);
+        return;
+    }
+    const int vectors = inputs / 8;
+    const uint4 *from = reinterpret_cast<const uint4 *>(x + (u64)blockIdx.x * inputs);
+    uint2 *to = reinterpret_cast<uint2 *>(codes + (u64)blockIdx.x * inputs);
+    const int first = threadIdx.x, step = blockDim.x;
+    uint4 kept[KEPT];
+    typename Half<T>::Pair most;
+    most.x = most.y = Half<T>::rounded(0.f);
+#pragma unroll
+    for (int i = 0; i < KEPT; i++) {
+        const int at = first + i * step;
+        kept[i] = at < vectors ? from[at] : make_uint4(0, 0, 0, 0);
+    }
+#pragma unroll
+    for (int i = 0; i < KEPT; i++) most = larger<T>(most, kept[i]);
+    for (int at = first + KEPT * step; at < vectors; at += step) most = larger<T>(most, from[at]);
+
+    T largest = __hmax_nan(most.x, most.y);
+#pragma unroll
+    for (int away = 16; away > 0; away /= 2)
+        largest = __hmax_nan(largest, __shfl_xor_sync(~0u, largest, away));
+    __shared__ T of_warps[32];
+    if (first % 32 == 0) of_warps[first / 32] = largest;
+    __syncthreads();
+    for (int warp = 0; warp < step / 32; warp++) largest = __hmax_nan(largest, of_warps[warp]);
+
+    const float magnitude = Half<T>::wide(largest);
+    const bool finite = magnitude < INFINITY; // no NaN either
+    const bool some = finite && magnitude >= LEAST;
+    const float inverse = __fdiv_rn(127.f, magnitude);
+    if (first == 0)
+        row_scales[blockIdx.x] = some ? __fdiv_rn(magnitude, 127.f) : finite ? 0.f : NAN;
+    const uint2 none = make_uint2(0, 0);
+#pragma unroll
+    for (int i = 0; i < KEPT; i++) {
+        const int at = first + i * step;
+        if (at < vectors) to[at] = some ? coded<T>(kept[i], inverse) : none;
+    }
+    for (int at = first + KEPT * step; at < vectors; at += step)
+        to[at] = some ? coded<T>(from[at], inverse) : none;
+}
+
+// Tiles of the product: a block computes M x N outputs in steps of K inputs, of which STAGES are on their way or
+// in use; a warp computes a quarter. What is shared is the 48 KiB that every card gives two blocks without asking.
+constexpr int M = 128, N = 128, K = 64, STAGES = 3, THREADS = 128;
+constexpr int WARP_M = 64, WARP_N = 64;
+// So many tiles of rows take their turn with each tile of columns, so that both are still in the cache.
+constexpr int GROUP = 8;
+
+// Where 16 bytes of a tile with rows of K bytes lie: permuted within two rows, so that eight rows below one another
+// lie in different banks.
+static __device__ __forceinline__ int place(int row, int vector) {
+    return row * K + ((vector ^ (row >> 1 & 3)) << 4);
+}
+
+static __device__ __forceinline__ void copy_async(uint32_t to, const void *from, bool there) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(to), "l"(from), "r"(there ? 16 : 0));
+}
+
+static __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], uint32_t from) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(from));
+}
+
+static __device__ __forceinline__ void multiply(
+    int (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1
+) {
+    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+                 "{%8, %9}, {%0, %1, %2, %3};\n"
+                 : "+r"(sum[0]), "+r"(sum[1]), "+r"(sum[2]), "+r"(sum[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Starts copying one tile of 128 rows: those behind the last, and inputs behind the last, become zeros.
+static __device__ __forceinline__ void fetch(
+    uint32_t to, const int8_t *__restrict__ from, int first, int rows, int inputs, int input
+) {
+#pragma unroll
+    for (int i = 0; i < M * K / 16 / THREADS; i++) {
+        const int at = i * THREADS + threadIdx.x, row = at / (K / 16), vector = at % (K / 16);
+        const int column = input + vector * 16;
+        const bool there = first + row < rows && column < inputs;
+        const int8_t *source = from + (there ? (u64)(first + row) * inputs + column : 0);
+        copy_async(to + place(row, vector), source, there);
+    }
+}
+
+// `y = row scale * (column scale * x wT) + bias`, summed exactly, then in f32, rounded once.
+template <typename T>
+static __device__ __forceinline__ void product(
+    const int8_t *__restrict__ x, const float *__restrict__ x_scales, const int8_t *__restrict__ w,
+    const float *__restrict__ w_scales, const T *__restrict__ bias, T *__restrict__ y, int rows,
+    int outputs, int inputs
+) {
+    static_assert(M == N, "one way to fetch");
+    __shared__ __align__(128) uint8_t shared[STAGES * (M + N) * K];
+    const uint32_t base = (uint32_t)__cvta_generic_to_shared(shared);
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+
+    const int down = (rows + M - 1) / M, across = (outputs + N - 1) / N;
+    const int group = blockIdx.x / (GROUP * across), within = blockIdx.x % (GROUP * across);
+    const int high = min(GROUP, down - group * GROUP);
+    const int row0 = (group * GROUP + within % high) * M, column0 = within / high * N;
+
+    const int steps = (inputs + K - 1) / K;
+    auto stage = [&](int step) { return base + step % STAGES * (M + N) * K; };
+    auto start = [&](int step) {
+        if (step < steps) {
+            fetch(stage(step), x, row0, rows, inputs, step * K);
+            fetch(stage(step) + M * K, w, column0, outputs, inputs, step * K);
+        }
+        asm volatile("cp.async.commit_group;\n");
+    };
+
+    int sums[WARP_M / 16][WARP_N / 8][4] = {};
+    const int warp_row = warp / 2 * WARP_M, warp_column = warp % 2 * WARP_N;
+    // The row and the half of 32 inputs whose address this lane gives `ldmatrix`.
+    const int a_row = warp_row + lane % 16, a_half = lane / 16;
+    const int b_row = warp_column + lane % 8 + lane / 16 * 8, b_half = lane / 8 % 2;
+
+#pragma unroll
+    for (int step = 0; step < STAGES - 1; step++) start(step);
+    for (int step = 0; step < steps; step++) {
+        asm volatile("cp.async.wait_group %0;\n" ::"n"(STAGES - 2));
+        __syncthreads(); // this step is there, and all are done with the one before, whose place is next
+        start(step + STAGES - 1);
+        const uint32_t tile_a = stage(step), tile_b = tile_a + M * K;
+#pragma unroll
+        for (int k = 0; k < K / 32; k++) {
+            uint32_t a[WARP_M / 16][4], b[WARP_N / 16][4];
+#pragma unroll
+            for (int i = 0; i < WARP_M / 16; i++)
+                load_matrices(a[i], tile_a + place(a_row + i * 16, k * 2 + a_half));
+#pragma unroll
+            for (int j = 0; j < WARP_N / 16; j++)
+                load_matrices(b[j], tile_b + place(b_row + j * 16, k * 2 + b_half));
+#pragma unroll
+            for (int i = 0; i < WARP_M / 16; i++)
+#pragma unroll
+                for (int j = 0; j < WARP_N / 8; j++)
+                    multiply(sums[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+        }
+    }
+    asm volatile("cp.async.wait_group 0;\n");
+    __syncthreads();
+
+    // Through shared memory, so that whole lines are written. Rows are a vector apart from a multiple of all banks.
+    constexpr int LINE = N + 8;
+    static_assert(M * LINE * 2 <= STAGES * (M + N) * K, "outputs fit where tiles were");
+    T *out = reinterpret_cast<T *>(shared);
+    const int line = warp_row + lane / 4, column = warp_column + lane % 4 * 2;
+#pragma unroll
+    for (int j = 0; j < WARP_N / 8; j++) {
+        float scales[2], biases[2];
+#pragma unroll
+        for (int c = 0; c < 2; c++) {
+            const int at = column0 + column + j * 8 + c;
+            scales[c] = at < outputs ? w_scales[at] : 0.f;
+            biases[c] = at < outputs && bias ? Half<T>::wide(bias[at]) : 0.f;
+        }
+#pragma unroll
+        for (int i = 0; i < WARP_M / 16; i++)
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                const int at = line + i * 16 + r * 8;
+                const float of_row = row0 + at < rows ? x_scales[row0 + at] : 0.f;
+                typename Half<T>::Pair pair;
+                const int *sum = sums[i][j] + r * 2;
+                pair.x = Half<T>::rounded(__fmaf_rn(of_row, __fmul_rn(scales[0], __int2float_rn(sum[0])), biases[0]));
+                pair.y = Half<T>::rounded(__fmaf_rn(of_row, __fmul_rn(scales[1], __int2float_rn(sum[1])), biases[1]));
+                *reinterpret_cast<typename Half<T>::Pair *>(out + at * LINE + column + j * 8) = pair;
+            }
+    }
+    __syncthreads();
+    const int wide = min(N, outputs - column0), lines = min(M, rows - row0);
+    T *to = y + (u64)row0 * outputs + column0;
+    if (outputs % 8 == 0) {
+        const int vectors = wide / 8;
+        for (int at = threadIdx.x; at < lines * (N / 8); at += THREADS) {
+            const int row = at / (N / 8), vector = at % (N / 8);
+            if (vector < vectors)
+                reinterpret_cast<uint4 *>(to + (u64)row * outputs)[vector] =
+                    *reinterpret_cast<const uint4 *>(out + row * LINE + vector * 8);
+        }
+    } else {
+        for (int at = threadIdx.x; at < lines * N; at += THREADS) {
+            const int row = at / N, c = at % N;
+            if (c < wide) to[(u64)row * outputs + c] = out[row * LINE + c];
+        }
+    }
+}
+
+#define QUANTIZE(NAME, T, S)                                                                       \
+    extern "C" __global__ void NAME(                                                               \
+        const T *x, int8_t *codes, float *row_scales, int rows, int inputs, const S *scales,       \
+        float *wide_scales, int outputs                                                            \
+    ) {                                                                                            \
+        quantize<T, S>(x, codes, row_scales, rows, inputs, scales, wide_scales, outputs);          \
+    }
+#define PRODUCT(NAME, T)                                                                           \
+    extern "C" __global__ void __launch_bounds__(THREADS, 2) NAME(                                 \
+        const int8_t *x, const float *x_scales, const int8_t *w, const float *w_scales,            \
+        const T *bias, T *y, int rows, int outputs, int inputs                                     \
+    ) {                                                                                            \
+        product<T>(x, x_scales, w, w_scales, bias, y, rows, outputs, inputs);                      \
+    }
+
+QUANTIZE(quantize_bf16_bf16, __nv_bfloat16, __nv_bfloat16)
+QUANTIZE(quantize_bf16_f16, __nv_bfloat16, __half)
+QUANTIZE(quantize_bf16_f32, __nv_bfloat16, float)
+QUANTIZE(quantize_f16_bf16, __half, __nv_bfloat16)
+QUANTIZE(quantize_f16_f16, __half, __half)
+QUANTIZE(quantize_f16_f32, __half, float)
+PRODUCT(w8a8_bf16, __nv_bfloat16)
+PRODUCT(w8a8_f16, __half)

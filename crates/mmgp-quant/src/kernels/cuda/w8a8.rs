@@ -1,0 +1,261 @@
+//! `x · Wᵀ (+ bias)` with int8 weights in int8: the rows of `x` are quantized on the fly, the product is summed exactly
+//! in integers, scaled and biased in f32 and rounded once.
+//!
+//! Which kernel runs is a function of shape and card alone: CUTLASS's on Hopper where its tile copies can read the
+//! operands, our own by `mma.sync` everywhere else. Both sum integers and then do the same f32 operations, so equal shapes
+//! get equal bits wherever operands lie. Calls are queued on candle's stream and never synchronize the host.
+
+use candle_core::{
+    CudaDevice, CudaStorage, DType, Device, Result, Storage, Tensor, bail,
+    cuda_backend::{
+        CudaDType, WrapErr,
+        cudarc::driver::{DevicePtrMut, DeviceRepr, LaunchConfig, PushKernelArg},
+    },
+    op::BackpropOp,
+};
+use half::{bf16, f16};
+
+use super::{
+    KernelImage,
+    product::{address, aligned},
+    short,
+};
+
+/// Machine code and PTX of `w8a8.cu`.
+pub(super) static KERNELS: KernelImage =
+    KernelImage::new(include_bytes!(concat!(env!("OUT_DIR"), "/w8a8.fatbin")));
+
+/// A block of the product computes so many rows and outputs, with so many threads.
+const TILE: usize = 128;
+const THREADS: u32 = 128;
+/// Values that a thread of the quantization keeps; what a longer row has more is read twice.
+const KEPT: usize = 4 * 8;
+/// Rows and outputs at most: kernels count them in 32 bits, with room for a tile.
+const LONGEST: usize = 1 << 30;
+/// Inputs at most: so many products of codes sum up within 32 bits.
+const MOST_INPUTS: usize = 1 << 17;
+
+/// Which kernel multiplies int8 by int8.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Int8Kernel {
+    /// The fastest that the card has for the shape.
+    Fastest,
+    /// `mma.sync`, which all cards have.
+    Mma,
+}
+
+/// `x · (codes · scales)ᵀ (+ bias)` as a fresh `[rows, outputs]` of `x`'s dtype: `x` `[rows, inputs]` bf16 or f16,
+/// `codes` U8 `[outputs, inputs]` (two's complement), `scales` bf16, f16 or f32 `[outputs, 1]` and `bias` `[outputs]` in
+/// `x`'s dtype are contiguous and on one device.
+///
+/// A row of `x` becomes codes by its largest magnitude over 127, to nearest, ties to even; one that holds a NaN or an
+/// infinity gives NaN throughout, one with nothing above 1e-30 the bias. `None` for other dtypes, for empty
+/// tensors, and where `inputs` is no multiple of 16 or more than 2^17.
+///
+/// # Errors
+/// Shapes that do not fit together, weights that are not leased, and whatever the driver refuses.
+pub fn w8a8(
+    x: &Tensor,
+    codes: &Tensor,
+    scales: &Tensor,
+    bias: Option<&Tensor>,
+) -> Result<Option<Tensor>> {
+    w8a8_by(x, codes, scales, bias, Int8Kernel::Fastest)
+}
+
+/// [`w8a8`] by the kernel that is named, for tests and timings.
+///
+/// # Errors
+/// As [`w8a8`].
+pub fn w8a8_by(
+    x: &Tensor,
+    codes: &Tensor,
+    scales: &Tensor,
+    bias: Option<&Tensor>,
+    kernel: Int8Kernel,
+) -> Result<Option<Tensor>> {
+    match (x.dtype(), scales.dtype()) {
+        (DType::BF16, DType::BF16) => run::<bf16, bf16>(x, codes, scales, bias, kernel),
+        (DType::BF16, DType::F16) => run::<bf16, f16>(x, codes, scales, bias, kernel),
+        (DType::BF16, DType::F32) => run::<bf16, f32>(x, codes, scales, bias, kernel),
+        (DType::F16, DType::BF16) => run::<f16, bf16>(x, codes, scales, bias, kernel),
+        (DType::F16, DType::F16) => run::<f16, f16>(x, codes, scales, bias, kernel),
+        (DType::F16, DType::F32) => run::<f16, f32>(x, codes, scales, bias, kernel),
+        _ => Ok(None),
+    }
+}
+
+/// The kernel that quantizes rows.
+pub(crate) fn quantize_name(dtype: DType, scale: DType) -> Result<String> {
+    Ok(format!("quantize_{}_{}", short(dtype)?, short(scale)?))
+}
+
+/// The product's name: of its kernel, or in errors.
+pub(crate) fn w8a8_name(dtype: DType) -> Result<String> {
+    Ok(format!("w8a8_{}", short(dtype)?))
+}
+
+fn run<T: CudaDType + DeviceRepr + 'static, S: CudaDType + DeviceRepr + 'static>(
+    x: &Tensor,
+    codes: &Tensor,
+    scales: &Tensor,
+    bias: Option<&Tensor>,
+    kernel: Int8Kernel,
+) -> Result<Option<Tensor>> {
+    let ((rows, inputs), (outputs, width)) = (x.dims2()?, codes.dims2()?);
+    let fits = bias.is_none_or(|bias| bias.dims() == [outputs] && bias.dtype() == x.dtype());
+    if width != inputs || scales.elem_count() != outputs || !fits {
+        bail!(
+            "int8 linear: input {:?}, codes {:?}, scales {:?}, bias {:?}",
+            x.dims(),
+            codes.dims(),
+            scales.dims(),
+            bias.map(Tensor::dims)
+        );
+    }
+    let Device::Cuda(device) = x.device() else {
+        bail!("int8 linear: a product of the GPU was given a tensor of another device");
+    };
+    if rows == 0 || outputs == 0 || inputs == 0 || !inputs.is_multiple_of(16) {
+        return Ok(None);
+    }
+    if rows > LONGEST || outputs > LONGEST || inputs > MOST_INPUTS {
+        return Ok(None);
+    }
+    let (dtype, stored) = (x.dtype(), scales.dtype());
+    let (x, codes) = (aligned::<T>(x, device)?, aligned::<u8>(codes, device)?);
+    let bias = bias.map(|bias| aligned::<T>(bias, device)).transpose()?;
+    let stream = device.cuda_stream();
+    // SAFETY: all are plain numbers, and kernels write each before another reads it.
+    let (mut quantized, mut wide, mut row_scales, mut out) = unsafe {
+        (
+            device.alloc::<u8>(rows * inputs)?,
+            device.alloc::<f32>(outputs)?,
+            device.alloc::<f32>(rows)?,
+            device.alloc::<T>(rows * outputs)?,
+        )
+    };
+    {
+        // All stay locked until the product is queued.
+        let (x, codes) = (x.storage_and_layout(), codes.storage_and_layout());
+        let (scales, bias) =
+            (scales.storage_and_layout(), bias.as_ref().map(Tensor::storage_and_layout));
+        let (x, _x) = address::<T>(&x.0, x.1, &stream)?;
+        let (w, _w) = address::<u8>(&codes.0, codes.1, &stream)?;
+        let (scales, _scales) = address::<S>(&scales.0, scales.1, &stream)?;
+        let (bias, _bias) = match &bias {
+            Some(bias) => Some(address::<T>(&bias.0, bias.1, &stream)?).unzip(),
+            None => (None, None),
+        };
+        let (quantized, _quantized) = quantized.device_ptr_mut(&stream);
+        let (wide, _wide) = wide.device_ptr_mut(&stream);
+        let (row_scales, _row_scales) = row_scales.device_ptr_mut(&stream);
+        let (y, _y) = out.device_ptr_mut(&stream);
+        let shape = Shape { rows, outputs, inputs, dtype };
+        let at = Addresses { x: quantized, x_scales: row_scales, w, w_scales: wide, bias, y };
+        // SAFETY: `address` held the operands to their memory, and they and the four buffers have the lengths that
+        // `shape` says. All lie on `stream`'s device and are ordered by it; the buffers overlap nothing.
+        unsafe {
+            quantize(device, shape, (x, scales, stored), &at)?;
+            let done = kernel == Int8Kernel::Fastest && multiply_on_hopper(device, shape, &at)?;
+            if !done {
+                multiply(device, shape, &at)?;
+            }
+        }
+    }
+    let storage = Storage::Cuda(CudaStorage::wrap_cuda_slice(out, device.clone()));
+    Ok(Some(Tensor::from_storage(storage, (rows, outputs), BackpropOp::none(), false)))
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Shape {
+    pub(super) rows: usize,
+    pub(super) outputs: usize,
+    pub(super) inputs: usize,
+    pub(super) dtype: DType,
+}
+
+/// Where the operands of a product lie on the GPU.
+pub(super) struct Addresses {
+    /// Codes of the activations and their scales.
+    pub(super) x: u64,
+    pub(super) x_scales: u64,
+    /// Codes of the weight and their scales in f32.
+    pub(super) w: u64,
+    pub(super) w_scales: u64,
+    pub(super) bias: Option<u64>,
+    pub(super) y: u64,
+}
+
+/// Queues the quantization of rows, and the widening of the weight's scales.
+///
+/// # Safety
+/// `x` has `rows · inputs` values of the shape's dtype and begins at a multiple of 16 bytes, `scales` has `outputs`
+/// of its dtype, and `at` is what [`multiply`] wants. All are ordered by `device`'s stream.
+unsafe fn quantize(
+    device: &CudaDevice,
+    Shape { rows, outputs, inputs, dtype }: Shape,
+    (x, scales, stored): (u64, u64, DType),
+    at: &Addresses,
+) -> Result<()> {
+    let kernel = KERNELS.function(device, &quantize_name(dtype, stored)?)?;
+    let threads = inputs.div_ceil(KEPT).next_multiple_of(32).min(1024);
+    let blocks = rows + outputs.div_ceil(threads);
+    let config = LaunchConfig {
+        grid_dim: (blocks as u32, 1, 1),
+        block_dim: (threads as u32, 1, 1),
+        shared_mem_bytes: 0,
+    };
+    let (rows, inputs, outputs) = (rows as i32, inputs as i32, outputs as i32);
+    let stream = device.cuda_stream();
+    let mut launch = stream.launch_builder(&kernel);
+    launch.arg(&x).arg(&at.x).arg(&at.x_scales).arg(&rows).arg(&inputs);
+    launch.arg(&scales).arg(&at.w_scales).arg(&outputs);
+    // SAFETY: the arguments are those of the kernel of this name, and the caller upholds their lengths.
+    unsafe { launch.launch(config) }.w()?;
+    Ok(())
+}
+
+/// Queues the product by `mma.sync`.
+///
+/// # Safety
+/// The codes of `x` and `w` have `rows` and `outputs` times `inputs` values, their scales and the bias one for each
+/// row and output, and `y`, which nobody else uses, `rows · outputs`; codes and `y` begin at multiples of 16 bytes. All
+/// are ordered by `device`'s stream.
+unsafe fn multiply(
+    device: &CudaDevice,
+    Shape { rows, outputs, inputs, dtype }: Shape,
+    at: &Addresses,
+) -> Result<()> {
+    let name = w8a8_name(dtype)?;
+    let kernel = KERNELS.function(device, &name)?;
+    let tiles = rows.div_ceil(TILE) * outputs.div_ceil(TILE);
+    let Some(tiles) = i32::try_from(tiles).ok().and_then(|tiles| u32::try_from(tiles).ok()) else {
+        bail!("{name}: [{rows}, {outputs}] has more tiles than a grid has blocks");
+    };
+    let config =
+        LaunchConfig { grid_dim: (tiles, 1, 1), block_dim: (THREADS, 1, 1), shared_mem_bytes: 0 };
+    let (rows, outputs, inputs) = (rows as i32, outputs as i32, inputs as i32);
+    let bias = at.bias.unwrap_or(0); // null: none
+    let stream = device.cuda_stream();
+    let mut launch = stream.launch_builder(&kernel);
+    launch.arg(&at.x).arg(&at.x_scales).arg(&at.w).arg(&at.w_scales).arg(&bias).arg(&at.y);
+    launch.arg(&rows).arg(&outputs).arg(&inputs);
+    // SAFETY: the arguments are those of the kernel of this name, and the caller upholds their lengths.
+    unsafe { launch.launch(config) }.w()?;
+    Ok(())
+}
+
+/// Queues the product by CUTLASS, where the build has it and card and shape allow it: else `false`.
+///
+/// # Safety
+/// As [`multiply`], and the bias begins at a multiple of 16 bytes.
+#[cfg_attr(not(w8a8_sm90), allow(unused_variables))]
+unsafe fn multiply_on_hopper(device: &CudaDevice, shape: Shape, at: &Addresses) -> Result<bool> {
+    // SAFETY: the same is asked for.
+    #[cfg(w8a8_sm90)]
+    let done = unsafe { super::hopper::multiply(device, shape, at) };
+    #[cfg(not(w8a8_sm90))]
+    let done = Ok(false);
+    done
+}
