@@ -324,7 +324,6 @@ fn cuda_nn_times() {
                 heads.join(&[part(&text_rows, &text), part(&image_rows, &image)])
             }),
         ),
-        ("v: heads", 2 * one, Box::new(|| heads.split(&rows, 2 * width, None, None))),
         ("gelu_tanh", 8 * one, Box::new(|| Activation::GeluTanh.apply(&hidden))),
         ("gelu", 8 * one, Box::new(|| Activation::Gelu.apply(&hidden))),
         ("silu", 8 * one, Box::new(|| Activation::Silu.apply(&hidden))),
@@ -345,24 +344,7 @@ fn cuda_nn_times() {
         "bf16", "own µs", "GB/s", "of", "library µs", "at most"
     );
     for (name, values, run) in cases {
-        let time = || {
-            let median = |mut times: Vec<f64>| {
-                times.sort_by(f64::total_cmp);
-                times[times.len() / 2]
-            };
-            let mut times = Vec::new();
-            for _ in 0..7 {
-                const REPEATS: u32 = 20;
-                there.synchronize().unwrap();
-                let begun = Instant::now();
-                for _ in 0..REPEATS {
-                    drop(run().unwrap());
-                }
-                there.synchronize().unwrap();
-                times.push(begun.elapsed().as_secs_f64() / f64::from(REPEATS));
-            }
-            median(times)
-        };
+        let time = || seconds(&there, 20, || drop(run().unwrap()));
         cuda::enable(&device);
         let kernel = time();
         cuda::disable(&device);

@@ -140,7 +140,7 @@ impl fmt::Display for Report {
         write!(
             f,
             "{} streamed, {} copies, {} page-locked; {} slots taken, {} new plans, {} blocks run again; \
-             {} waits for a fetch, {:.3} s of the pager's own",
+             {} waits for a fetch, {:.3} s within the pager",
             self.streamed,
             self.copies,
             self.locked,

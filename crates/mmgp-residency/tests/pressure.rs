@@ -1,5 +1,5 @@
 //! On a device that takes memory from elsewhere where it has none, slow blocks make a model hold less; once they
-//! are quick again, it holds what it did.
+//! are quick again, it holds what it did. Where memory runs out, what is held or may be is given up.
 #![allow(clippy::unwrap_used)]
 
 use std::{

@@ -120,52 +120,58 @@ fn cuda(ordinal: usize, gpu: &GpuUse) -> mmgp_residency::Result<Opened> {
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
     let driver = crate::tested::driver_in(&maps);
     if let Device::Cuda(device) = cuda.candle() {
-        use mmgp_models::nn::cuda as nn;
-        let driver = driver.as_deref();
-        let library = mmgp_quant::product_library().to_le_bytes();
-        let [int8, w8a8, hopper] = mmgp_quant::kernel_images();
-        let tested = [int8, w8a8, hopper, &library];
-        self_test(&card, driver, &tested, || mmgp_quant::self_test(device))?;
-        match self_test(&card, driver, &[nn::kernel_image()], || nn::self_test(device)) {
-            Ok(()) => nn::enable(device),
-            // A kernel that broke the context leaves nothing to compute with.
-            Err(error) if cuda.candle().synchronize().is_err() => return Err(error.into()),
-            // What these kernels do the tensor library's operations do too.
-            Err(error) => {
-                nn::disable(device);
-                tracing::warn!("computing without fused kernels, which is slower: {error}");
-            }
-        }
-        match nn::cudnn_version() {
-            Ok(version) if nn::enabled(device) => {
-                let version = version.to_le_bytes();
-                type Step = (&'static str, fn(&CudaDevice) -> TestResult, fn(&CudaDevice));
-                let steps: [Step; 2] = [
-                    ("attention", nn::self_test_attention, nn::enable_attention),
-                    ("convolutions", nn::self_test_convolution, nn::enable_convolution),
-                ];
-                for (what, test, enable) in steps {
-                    let tested = [what.as_bytes(), &version, nn::kernel_image()];
-                    match self_test(&card, driver, &tested, || test(device)) {
-                        Ok(()) => enable(device),
-                        Err(error) if cuda.candle().synchronize().is_err() => {
-                            return Err(error.into());
-                        }
-                        Err(error) => {
-                            tracing::warn!("{what} without cuDNN, which is slower: {error}");
-                        }
-                    }
-                }
-            }
-            Ok(_) => {}
-            Err(why) => tracing::warn!(
-                "attention and convolutions without cuDNN, which is slower: cuDNN 9 was not found ({why}); install \
-                 it or name its library in MMGP_CUDNN"
-            ),
-        }
+        enable_tested(cuda.candle(), device, &card, driver.as_deref())?;
     }
     let machine = driver.map(|driver| format!("{card}, {driver}, {}", host()));
     Ok(Opened { pager: Pager::over(cuda)?, machine })
+}
+
+/// Tests what computes on the card, and has what passed used. What the tensor library does too, only slower, may
+/// fail or be missing.
+#[cfg(feature = "cuda")]
+fn enable_tested(
+    candle: &Device,
+    device: &CudaDevice,
+    card: &str,
+    driver: Option<&str>,
+) -> mmgp_residency::Result<()> {
+    use mmgp_models::nn::cuda as nn;
+    let library = mmgp_quant::product_library().to_le_bytes();
+    let [int8, w8a8, hopper] = mmgp_quant::kernel_images();
+    let tested = [int8, w8a8, hopper, &library];
+    self_test(card, driver, &tested, || mmgp_quant::self_test(device))?;
+
+    type Test = fn(&CudaDevice) -> TestResult;
+    let optional = |what: &str, tested: &[&[u8]], test: Test, enable: fn(&CudaDevice)| {
+        match self_test(card, driver, tested, || test(device)) {
+            Ok(()) => enable(device),
+            // What broke the context leaves nothing to compute with.
+            Err(error) if candle.synchronize().is_err() => return Err(error),
+            Err(error) => tracing::warn!("computing without {what}, which is slower: {error}"),
+        }
+        Ok(())
+    };
+    nn::disable(device); // whatever this process had decided before
+    let kernels = nn::kernel_image();
+    optional("fused kernels", &[kernels], nn::self_test, nn::enable)?;
+    if !nn::enabled(device) {
+        return Ok(());
+    }
+    match nn::cudnn_version() {
+        Ok(version) => {
+            let version = version.to_le_bytes();
+            let subject = |what: &'static str| [what.as_bytes(), &version, kernels];
+            let (test, enable) = (nn::self_test_attention, nn::enable_attention);
+            optional("cuDNN's attention", &subject("attention"), test, enable)?;
+            let (test, enable) = (nn::self_test_convolution, nn::enable_convolution);
+            optional("cuDNN's convolution", &subject("convolution"), test, enable)?;
+        }
+        Err(why) => tracing::warn!(
+            "computing attention and convolutions without cuDNN 9, which is slower: it was not found ({why}); \
+             install it or name its library in MMGP_CUDNN"
+        ),
+    }
+    Ok(())
 }
 
 /// What a self-test says.

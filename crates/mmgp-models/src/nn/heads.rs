@@ -25,7 +25,8 @@ impl Heads {
     }
 
     /// Takes the heads that begin at column `first` of `x`, normalises each if `norm` is given, then
-    /// turns it if `rope` is given: `[batch, tokens, columns]` to `[batch, heads, tokens, dim]`.
+    /// turns it if `rope` is given: `[batch, tokens, columns]` to `[batch, heads, tokens, dim]`. What is only taken stays
+    /// where it is on a GPU, as a view of `x`.
     ///
     /// # Errors
     /// Columns, tokens or widths that do not fit; weights that are not leased.
@@ -260,6 +261,13 @@ mod tests {
                 let want = heads.split_composed(&x, 31, norm, rope)?;
                 near(&heads.split(&x, 31, norm, rope)?, &want)?;
             }
+        }
+        // What is left where it lies, which only heads that begin at whole ones are.
+        let rows = Tensor::randn(0f32, 1., (2, 5, 70), &dev)?;
+        let view = heads.in_place(&rows, 20)?.expect("columns of heads");
+        near(&view, &heads.split_composed(&rows, 20, None, None)?)?;
+        for (rows, first) in [(&x, 30), (&rows, 5), (&rows, 50), (&rows.narrow(2, 0, 60)?, 0)] {
+            assert!(heads.in_place(rows, first)?.is_none(), "{:?} from {first}", rows.dims());
         }
         // Two streams joined are their heads one behind another.
         let y = Tensor::randn(0f32, 1., (2, 3, 30), &dev)?;

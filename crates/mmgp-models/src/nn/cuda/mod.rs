@@ -1,25 +1,22 @@
-//! The kernels of NVIDIA GPUs for the functions of [`nn`](crate::nn), and the switch between them and the tensor
-//! library's own operations.
+//! The kernels of NVIDIA GPUs for the functions of [`nn`](crate::nn), and cuDNN's operations.
 //!
 //! A kernel does in one pass what the library does in a chain of them. It computes in f32 and rounds once, where
 //! the chain rounds at each link: results differ in their last bits, so whether kernels are used belongs to the
 //! recipe as the device does. They are used on GPUs for which [`enable`] was called, which is for whoever saw
 //! [`self_test`] pass there; elsewhere the library's operations compute, which is said once.
 
+mod choice;
 mod convolution;
 mod cudnn;
 mod launch;
 mod self_test;
 mod shape;
 
-use std::{collections::HashMap, sync::OnceLock};
-
 use candle_core::{
     CpuStorage, CudaDevice, CudaStorage, D, DType, Device, InplaceOp1, Layout, Result, Tensor,
     backend::BackendStorage, bail,
 };
 use half::{bf16, f16};
-use parking_lot::RwLock;
 
 use self::{
     launch::{Element, Fresh, KERNELS, Place, Scratch, by_dtype, held_to},
@@ -27,119 +24,18 @@ use self::{
 };
 use crate::nn::{Activation, HeadRows, Heads, Window};
 
-pub use self::self_test::{self_test, self_test_attention, self_test_convolution};
+pub(crate) use self::choice::take;
+pub use self::{
+    choice::{
+        attention_enabled, convolution_enabled, cudnn_version, disable, enable, enable_attention,
+        enable_convolution, enable_tested, enabled,
+    },
+    self_test::{self_test, self_test_attention, self_test_convolution},
+};
 
 /// The kernels as they were compiled: what a self-test's result is about, beside the card and the driver.
 pub fn kernel_image() -> &'static [u8] {
     KERNELS.bytes()
-}
-
-/// What computes on a GPU instead of the tensor library's own operations.
-#[derive(Clone, Copy, Debug, Default)]
-struct Choice {
-    kernels: bool,
-    attention: bool,
-    convolution: bool,
-}
-
-/// Choices by the address of the CUDA context. Contexts of devices live as long as the process once a kernel was
-/// loaded into them.
-fn choices() -> &'static RwLock<HashMap<usize, Choice>> {
-    static CHOICES: OnceLock<RwLock<HashMap<usize, Choice>>> = OnceLock::new();
-    CHOICES.get_or_init(RwLock::default)
-}
-
-fn context(device: &CudaDevice) -> usize {
-    device.cuda_stream().context().cu_ctx() as usize
-}
-
-fn choice(device: &CudaDevice) -> Choice {
-    choices().read().get(&context(device)).copied().unwrap_or_default()
-}
-
-/// Has the functions of [`nn`](crate::nn) use the kernels on `device`'s GPU from now on. The caller knows that
-/// [`self_test`] passed on this card with this driver and this [`kernel_image`].
-pub fn enable(device: &CudaDevice) {
-    choices().write().entry(context(device)).or_default().kernels = true;
-}
-
-/// Has them use cuDNN's attention there, too. The caller knows that [`self_test_attention`] passed on this card
-/// with this driver and this [`cudnn_version`].
-pub fn enable_attention(device: &CudaDevice) {
-    choices().write().entry(context(device)).or_default().attention = true;
-}
-
-/// Has them use cuDNN's convolution there, too. The caller knows that [`self_test_convolution`] passed on this card
-/// with this driver, this [`kernel_image`] and this [`cudnn_version`].
-pub fn enable_convolution(device: &CudaDevice) {
-    choices().write().entry(context(device)).or_default().convolution = true;
-}
-
-/// Has them use the tensor library's own operations there, as they do before something was enabled.
-pub fn disable(device: &CudaDevice) {
-    choices().write().insert(context(device), Choice::default());
-}
-
-/// Tests kernels and, where it is installed, cuDNN's operations, and has them used there.
-///
-/// # Errors
-/// Those of the tests.
-pub fn enable_tested(device: &CudaDevice) -> mmgp_quant::Result<()> {
-    self_test(device)?;
-    enable(device);
-    if cudnn_version().is_ok() {
-        self_test_attention(device)?;
-        enable_attention(device);
-        self_test_convolution(device)?;
-        enable_convolution(device);
-    }
-    Ok(())
-}
-
-/// Whether kernels are used on `device`'s GPU.
-pub fn enabled(device: &CudaDevice) -> bool {
-    choice(device).kernels
-}
-
-/// Whether cuDNN's attention is used on `device`'s GPU.
-pub fn attention_enabled(device: &CudaDevice) -> bool {
-    choice(device).attention
-}
-
-/// Whether cuDNN's convolution is used on `device`'s GPU.
-pub fn convolution_enabled(device: &CudaDevice) -> bool {
-    choice(device).convolution
-}
-
-/// The version of cuDNN on this machine, 91400 for 9.14.0; why it is not used.
-///
-/// # Errors
-/// It cannot be opened, or is older than attention needs.
-pub fn cudnn_version() -> std::result::Result<usize, &'static str> {
-    cudnn::version()
-}
-
-/// Whether kernels are used for `tensors`: they are on one GPU where they may be, and of one dtype that there are
-/// kernels for. Says once where nobody decided.
-pub(crate) fn take(tensors: &[&Tensor]) -> bool {
-    let Some((first, others)) = tensors.split_first() else {
-        return false;
-    };
-    let Device::Cuda(device) = first.device() else {
-        return false;
-    };
-    let chosen = choices().read().get(&context(device)).copied();
-    let chosen = chosen.unwrap_or_else(|| {
-        tracing::info!(
-            "the GPU's own kernels were not tested here: the tensor library's operations are used"
-        );
-        disable(device);
-        Choice::default()
-    });
-    let alike = |t: &&Tensor| t.dtype() == first.dtype() && t.device().same_device(first.device());
-    chosen.kernels
-        && matches!(first.dtype(), DType::BF16 | DType::F16 | DType::F32)
-        && others.iter().all(alike)
 }
 
 /// softmax(q · kᵀ · scale) · v with the heads merged, as [`attention`](crate::nn::attention) has it without
@@ -149,7 +45,7 @@ pub(crate) fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> Resul
         return Ok(None);
     };
     let alike = |t: &Tensor| t.dtype() == q.dtype() && t.device().same_device(q.device());
-    if !choice(device).attention || !alike(k) || !alike(v) {
+    if !attention_enabled(device) || !alike(k) || !alike(v) {
         return Ok(None);
     }
     cudnn::attention(q, k, v, scale)
@@ -167,7 +63,7 @@ pub(crate) fn convolution(
         return Ok(None);
     };
     let alike = |t: &&Tensor| t.dtype() == x.dtype() && t.device().same_device(x.device());
-    if !choice(device).convolution || !weights.iter().all(alike) {
+    if !convolution_enabled(device) || !weights.iter().all(alike) {
         return Ok(None);
     }
     match x.dtype() {

@@ -1,4 +1,5 @@
-// What stands between the products of a model, on NVIDIA GPUs: norms, heads, gates, activations.
+// What stands between the products of a model, on NVIDIA GPUs: norms, heads, gates, activations; and pixels, as
+// convolutions want them.
 //
 // Values are bf16, f16 or f32; each is widened to f32 when it is read and rounded once when it is written. A
 // thread takes vectors of 16 bytes. Where a pointer, a stride or a width does not allow that, the same thread

@@ -14,12 +14,15 @@ use std::{
     collections::{HashMap, hash_map::Entry},
     ffi::{CStr, c_char, c_void},
     fmt, ptr,
-    sync::OnceLock,
+    sync::{Arc, OnceLock},
 };
 
 use candle_core::{
     CudaDevice, DType, Result,
-    cuda_backend::{WrapErr, cudarc::driver::CudaStream},
+    cuda_backend::{
+        WrapErr,
+        cudarc::driver::{CudaContext, CudaStream},
+    },
 };
 use parking_lot::Mutex;
 
@@ -320,23 +323,26 @@ struct Engine {
     library: &'static Library,
     handle: Raw,
     plans: HashMap<Key, Option<Plan>>,
+    _context: Arc<CudaContext>,
 }
 
 // SAFETY: handle and descriptors may be used by any thread, one at a time: engines are used under a lock.
 unsafe impl Send for Engine {}
 
-/// Engines by the address of their CUDA context, each made at the first use.
+/// Engines by the address of their CUDA context, each made at the first use; each holds its context, so that an
+/// address never comes to mean another one.
 fn engines() -> &'static Mutex<HashMap<usize, Engine>> {
     static ENGINES: OnceLock<Mutex<HashMap<usize, Engine>>> = OnceLock::new();
     ENGINES.get_or_init(Mutex::default)
 }
 
 impl Engine {
-    fn new(library: &'static Library) -> Answer<Self> {
+    /// One for the context, which is the thread's current one.
+    fn new(library: &'static Library, context: &Arc<CudaContext>) -> Answer<Self> {
         let mut handle = ptr::null_mut();
-        // SAFETY: the place is one for a pointer; the caller made the context current.
+        // SAFETY: the place is one for a pointer.
         library.held(unsafe { (library.create)(&mut handle) }, "handle")?;
-        Ok(Self { library, handle, plans: HashMap::new() })
+        Ok(Self { library, handle, plans: HashMap::new(), _context: context.clone() })
     }
 
     fn plan(&mut self, key: Key) -> Answer<Option<&Plan>> {
@@ -451,11 +457,12 @@ fn planned<R>(
 ) -> Result<Option<R>> {
     let Ok(library) = Library::get() else { return Ok(None) };
     let failed = |refusal: Refusal| candle_core::Error::msg(refusal);
-    stream.context().bind_to_thread().w()?;
+    let context = stream.context();
+    context.bind_to_thread().w()?;
     let mut engines = engines().lock();
-    let engine = match engines.entry(stream.context().cu_ctx() as usize) {
+    let engine = match engines.entry(context.cu_ctx() as usize) {
         Entry::Occupied(engine) => engine.into_mut(),
-        Entry::Vacant(place) => place.insert(Engine::new(library).map_err(failed)?),
+        Entry::Vacant(place) => place.insert(Engine::new(library, context).map_err(failed)?),
     };
     let handle = engine.handle;
     let plan = engine.plan(key).map_err(failed)?;

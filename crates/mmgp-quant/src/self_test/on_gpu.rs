@@ -1,0 +1,203 @@
+//! Each kernel, and products, run on a GPU and held to their twins.
+
+use candle_core::{CudaDevice, DType, Device, Tensor};
+
+use super::{
+    Added, biased, codes, compare, compare_near, expanded, multiplied, multiplied_in_int8, values,
+};
+use crate::{
+    Error, Result,
+    formats::int8::Decode,
+    kernels::cuda::{self, Int8Kernel},
+};
+
+pub(super) fn expand(
+    device: &CudaDevice,
+    shape: (usize, usize),
+    skipped: usize,
+    scale: DType,
+    to: DType,
+) -> Result<()> {
+    let kernel = cuda::expand_name(scale, to)?;
+    let (outputs, inputs) = shape;
+    let len = outputs * inputs;
+    let all = codes(skipped + len);
+    let scales = values(outputs, 7, scale);
+    let run = || {
+        let codes = Tensor::new(all.as_slice(), &Device::Cpu)?;
+        let codes = codes.to_device(&Device::Cuda(device.clone()))?;
+        let codes = codes.narrow(0, skipped, len)?.reshape(shape)?;
+        let scales = on(device, &scales, scale)?.reshape((outputs, 1))?;
+        back(&codes.apply_op2_no_bwd(&scales, &Decode { dtype: to })?)
+    };
+    let found = run().map_err(|error| not_run(&kernel, shape, error))?;
+    compare(&kernel, shape, &expanded(&all[skipped..], inputs, &scales, to), &found)
+}
+
+pub(super) fn add_bias(
+    device: &CudaDevice,
+    shape: (usize, usize),
+    skipped: usize,
+    dtype: DType,
+) -> Result<()> {
+    let kernel = cuda::add_bias_name(dtype)?;
+    let (rows, outputs) = shape;
+    let len = rows * outputs;
+    // What lies before and behind must stay as it is.
+    let mut all = values(skipped + len + 1, 11, dtype);
+    let bias = values(outputs, 13, dtype);
+    let run = || {
+        let y = on(device, &all, dtype)?;
+        let bias = on(device, &bias, dtype)?;
+        y.narrow(0, skipped, len)?.reshape(shape)?.inplace_op2(&bias, &cuda::AddBias)?;
+        back(&y)
+    };
+    let found = run().map_err(|error| not_run(&kernel, shape, error))?;
+    biased(&mut all[skipped..skipped + len], &bias, dtype);
+    compare(&kernel, shape, &all, &found)
+}
+
+pub(super) fn product(
+    device: &CudaDevice,
+    (rows, outputs, inputs): (usize, usize, usize),
+    dtype: DType,
+) -> Result<()> {
+    let x = values(rows * inputs, 17, dtype);
+    let w = values(outputs * inputs, 19, dtype);
+    let bias = values(outputs, 23, dtype);
+    // They begin at a multiple of 16 bytes, or not.
+    let place = |values: &[f32], skipped: usize, shape: &[usize]| {
+        let all = [&vec![0.; skipped], values].concat();
+        on(device, &all, dtype)?.narrow(0, skipped, values.len())?.reshape(shape)
+    };
+    for biased in [false, true] {
+        let kernel = cuda::product_name(dtype, biased)?;
+        let run = |skipped| {
+            let bias = place(&bias, skipped, &[outputs])?;
+            let (x, w) =
+                (place(&x, skipped, &[rows, inputs])?, place(&w, skipped, &[outputs, inputs])?);
+            let y = cuda::product(&x, &w, biased.then_some(&bias))?;
+            y.as_ref().map(back).transpose()
+        };
+        let shape = (rows, outputs);
+        let run = |skipped| run(skipped).map_err(|error| not_run(&kernel, shape, error));
+        let Some(found) = run(0)? else {
+            // Shapes that nothing is offered for go another way; every library has something for these.
+            if rows > 1 && outputs % 8 == 0 && inputs % 8 == 0 {
+                let error = candle_core::Error::msg("cublasLt offers no algorithm");
+                return Err(not_run(&kernel, shape, error));
+            }
+            continue;
+        };
+        let expected = multiplied(&x, &w, biased.then_some(&bias), inputs, dtype);
+        compare_near(&kernel, shape, &expected, &found)?;
+        for skipped in [0, 1] {
+            compare(&kernel, shape, &found, &run(skipped)?.unwrap_or_default())?;
+        }
+    }
+    Ok(())
+}
+
+pub(super) fn add_product(device: &CudaDevice, added: &Added, dtype: DType) -> Result<()> {
+    let &Added { rows, y: (width, column, outputs), t: (ranks, first, inputs) } = added;
+    let (t, b) = (values(rows * ranks, 29, dtype), values(outputs * inputs, 31, dtype));
+    let before = values(rows * width, 37, dtype);
+    let kernel = format!("add_{}", cuda::product_name(dtype, false)?);
+    let run = || {
+        let t = on(device, &t, dtype)?.reshape((rows, ranks))?;
+        let b = on(device, &b, dtype)?.reshape((outputs, inputs))?;
+        let y = on(device, &before, dtype)?.reshape((rows, width))?;
+        let done = cuda::add_product((&t, first), &b, 0.5, (&y, column))?;
+        done.then(|| back(&y)).transpose()
+    };
+    let run = || run().map_err(|error| not_run(&kernel, (rows, width), error));
+    let Some(found) = run()? else {
+        if outputs % 8 == 0 {
+            let error = candle_core::Error::msg("cublasLt offers no algorithm");
+            return Err(not_run(&kernel, (rows, width), error));
+        }
+        return Ok(());
+    };
+    // Columns that nothing is added to must stay as they are.
+    let mut expected: Vec<(f32, f32)> = before.iter().map(|&y| (y, 0.)).collect();
+    for (row, t) in t.chunks_exact(ranks).enumerate() {
+        let read: Vec<f32> = t[first..first + inputs].iter().map(|t| t * 0.5).collect();
+        let from = row * width + column;
+        let y = &before[from..from + outputs];
+        let sums = multiplied(&read, &b, Some(y), inputs, dtype);
+        expected[from..from + outputs].copy_from_slice(&sums);
+    }
+    compare_near(&kernel, (rows, width), &expected, &found)?;
+    compare(&kernel, (rows, width), &found, &run()?.unwrap_or_default())
+}
+
+/// Both kernels, and the quantization before them, give the bits of their twin.
+pub(super) fn w8a8(
+    device: &CudaDevice,
+    (rows, outputs, inputs): (usize, usize, usize),
+    dtype: DType,
+    scale: DType,
+) -> Result<()> {
+    let kernel = format!("{}_{}", cuda::quantize_name(dtype, scale)?, cuda::w8a8_name(dtype)?);
+    let mut x = values(rows * inputs, 41, dtype);
+    if rows > 2 {
+        // A row of zeros, and one with no number in it.
+        x[..inputs].fill(0.);
+        x[2 * inputs - 1] = f32::NAN;
+    }
+    let codes = codes(outputs * inputs);
+    // So small that f16 holds the outputs, and can be.
+    let scales: Vec<f32> = values(outputs, 43, scale).iter().map(|s| s / 256.).collect();
+    let bias = values(outputs, 47, dtype);
+    // They begin at a multiple of 16 bytes, or not.
+    let place = |values: &[f32], skipped: usize, shape: &[usize], dtype| {
+        let all = [&vec![0.; skipped], values].concat();
+        on(device, &all, dtype)?.narrow(0, skipped, values.len())?.reshape(shape)
+    };
+    let shape = (rows, outputs);
+    for biased in [false, true] {
+        let bias = biased.then_some(bias.as_slice());
+        let run = |skipped, by| {
+            let x = place(&x, skipped, &[rows, inputs], dtype)?;
+            let bytes = [&vec![0; skipped], codes.as_slice()].concat();
+            let codes = Tensor::new(bytes.as_slice(), &Device::Cpu)?;
+            let codes = codes.to_device(&Device::Cuda(device.clone()))?;
+            let codes = codes.narrow(0, skipped, outputs * inputs)?;
+            let codes = codes.reshape((outputs, inputs))?;
+            let scales = place(&scales, skipped, &[outputs, 1], scale)?;
+            let bias = bias.map(|bias| place(bias, skipped, &[outputs], dtype)).transpose()?;
+            let y = cuda::w8a8_by(&x, &codes, &scales, bias.as_ref(), by)?;
+            y.as_ref().map(back).transpose()
+        };
+        let expected = multiplied_in_int8(&x, &codes, &scales, bias, inputs, dtype);
+        for (skipped, by) in
+            [(0, Int8Kernel::Fastest), (1, Int8Kernel::Fastest), (0, Int8Kernel::Mma)]
+        {
+            let found = run(skipped, by).map_err(|error| not_run(&kernel, shape, error))?;
+            match found {
+                Some(found) => compare(&kernel, shape, &expected, &found)?,
+                None if inputs % 16 != 0 => {}
+                None => {
+                    let error = candle_core::Error::msg("no kernel takes this shape");
+                    return Err(not_run(&kernel, shape, error));
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// `values` in `dtype` on the GPU. They are converted on the CPU, so that no kernel but the tested one runs.
+fn on(device: &CudaDevice, values: &[f32], dtype: DType) -> candle_core::Result<Tensor> {
+    let values = Tensor::new(values, &Device::Cpu)?.to_dtype(dtype)?;
+    values.to_device(&Device::Cuda(device.clone()))
+}
+
+fn back(tensor: &Tensor) -> candle_core::Result<Vec<f32>> {
+    let tensor = tensor.to_device(&Device::Cpu)?.to_dtype(DType::F32)?;
+    tensor.flatten_all()?.to_vec1()
+}
+
+fn not_run(kernel: &str, shape: (usize, usize), error: candle_core::Error) -> Error {
+    error.context(format!("kernel `{kernel}` on {shape:?} does not run")).into()
+}
