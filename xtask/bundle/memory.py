@@ -49,8 +49,8 @@ after = most(gone, ended)
 # When each step ended, and what it took.
 steps = re.findall(r"^([0-9.]+) step \d+ of \d+: ([0-9.]+) s", text("limited.log"), re.M)
 ends = [float(at) for at, _ in steps]
-times = sorted(float(took) for _, took in steps)
-step = times[len(times) // 2]
+times = [float(took) for _, took in steps]
+step = sorted(times)[len(times) // 2]
 
 
 def within_two_steps(since, until):

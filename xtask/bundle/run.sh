@@ -18,7 +18,7 @@
 #
 #   run.sh --video cogvideox-5b|hunyuanvideo
 #
-# draws a video with a pipeline of that size, int8, under --vram-limit $LIMIT_GB (8) GB: $STEPS (3) steps and the
+# draws a video with a pipeline of that size, int8, under --vram-limit $LIMIT_GB (8) GB: $STEPS (6) steps and the
 # decode, at 720x480 and 49 frames or 960x544 and 61. Then a step of diffusers' with group offloading, where Python has
 # diffusers. Needs 34 or 66 GB in $DIR, which are removed after. Leaves video.json in $OUT, and what it was made of.
 #
@@ -144,7 +144,7 @@ if [ "${1:-}" = --video ]; then
     now >"$out/run.txt"
     TMPDIR=${DIR:-/dev/shm} "$here/mmgp-cuda" generate "a dog runs through the snow" --device cuda \
         --model "$dir/model" --quantize transformer,text_encoder --store "$dir/store" --store-spare 1GB \
-        --vram-limit "$limit" --steps "${STEPS:-3}" "${size[@]}" --out "$out/video.mp4" >"$out/video.log" 2>&1 &
+        --vram-limit "$limit" --steps "${STEPS:-6}" "${size[@]}" --out "$out/video.mp4" >"$out/video.log" 2>&1 &
     run=$!
     while kill -0 $run 2>/dev/null; do
         awk '/^VmRSS/ {print "rss", $2} /^RssAnon/ {print "anonymous", $2} /^VmLck/ {print "locked", $2}' \

@@ -8,6 +8,7 @@
 use std::{
     path::{Path, PathBuf},
     sync::Arc,
+    time::Duration,
 };
 
 use candle_core::{DType, Device, Tensor};
@@ -260,12 +261,21 @@ pub enum Event {
         /// The text that was cut.
         text: String,
     },
-    /// A denoising step begins.
+    /// A denoising step is queued from here on. What was queued before may still be computing.
     Step {
         /// Its number, from 0.
         index: usize,
         /// How many there are.
         of: usize,
+    },
+    /// A denoising step is over on the device. Not told by pipelines, but by who runs them and asks the device.
+    Stepped {
+        /// Its number, from 0.
+        index: usize,
+        /// How many there are.
+        of: usize,
+        /// What it took on the device, with whatever that waited for.
+        took: Duration,
     },
     /// The latents are being decoded.
     Decoding,

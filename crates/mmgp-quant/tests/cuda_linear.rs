@@ -327,7 +327,7 @@ fn cuda_w8a8_is_as_close_to_f64_as_rounding_the_input_allows() -> Result<(), Any
                 let wide = x.to_dtype(DType::F64)?.abs()?;
                 let half = (wide.max_keepdim(1)? / 254.)?;
                 let by_codes = half.matmul(&weight.abs()?.sum_keepdim(1)?.t()?.contiguous()?)?;
-                let step = if dtype == DType::BF16 { 2f64.powi(-9) } else { 2f64.powi(-12) };
+                let step = if dtype == DType::BF16 { 2f64.powi(-8) } else { 2f64.powi(-11) };
                 let by_rounding = (magnitude(&x, &weight, &bias) * 1e-6)?;
                 let by_rounding =
                     (by_rounding + ((expected.abs()? + &by_codes)? * (step * 1.01))?)?;

@@ -78,9 +78,9 @@ impl Clock for ToldClock {
         self.1 = true;
     }
 
-    fn read(&mut self) -> Option<VisitTimes> {
+    fn read(&mut self) -> Result<Option<VisitTimes>> {
         let over = std::mem::take(&mut self.1);
-        over.then_some(VisitTimes { stalled: Duration::ZERO, computed: self.0 })
+        Ok(over.then_some(VisitTimes { stalled: Duration::ZERO, computed: self.0 }))
     }
 }
 

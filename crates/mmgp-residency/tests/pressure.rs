@@ -39,8 +39,8 @@ impl Clock for Scripted {
         self.1 = Some(VisitTimes { stalled: Duration::ZERO, computed });
     }
 
-    fn read(&mut self) -> Option<VisitTimes> {
-        self.1.take()
+    fn read(&mut self) -> Result<Option<VisitTimes>> {
+        Ok(self.1.take())
     }
 }
 

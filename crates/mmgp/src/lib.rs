@@ -44,6 +44,7 @@ mod latents;
 mod names;
 mod notes;
 mod offload;
+mod pace;
 mod picture;
 mod store;
 #[cfg(any(test, feature = "cuda"))]

@@ -22,6 +22,7 @@ use mmgp_residency::{
 use crate::{
     DeviceChoice, Entry, Error, Result, Store,
     device::{GpuUse, Opened},
+    pace::Pace,
     times::Times,
 };
 
@@ -356,7 +357,8 @@ impl Offload {
         Ok(Output { latents, frames })
     }
 
-    /// From the prompt to latents, the LoRAs at their weights for each step.
+    /// From the prompt to latents, the LoRAs at their weights for each step. Tells of each step when it is over
+    /// on the device ([`Event::Stepped`]), and queues at most one ahead of it.
     ///
     /// # Errors
     /// Those of [`Pipeline::denoise`].
@@ -373,12 +375,16 @@ impl Offload {
         };
         set_step(0, request.steps);
         self.times.begin(&self.pager, pipeline, request);
-        Ok(pipeline.denoise(request, &mut |event| {
+        let mut pace = Pace::new(self.pager.device());
+        let latents = pipeline.denoise(request, &mut |event| {
             if let Event::Step { index, of } = event {
                 set_step(index, of);
+                pace.begins(index, of, tell);
             }
             tell(event);
-        })?)
+        })?;
+        pace.ends(tell);
+        Ok(latents)
     }
 
     /// From latents to frames, which `each` is given in order. With a [store](OffloadBuilder::store), what

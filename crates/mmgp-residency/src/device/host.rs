@@ -102,8 +102,8 @@ impl Clock for HostClock {
         }
     }
 
-    fn read(&mut self) -> Option<VisitTimes> {
-        self.last.take()
+    fn read(&mut self) -> Result<Option<VisitTimes>> {
+        Ok(self.last.take())
     }
 }
 

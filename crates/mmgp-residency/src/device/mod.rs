@@ -130,7 +130,7 @@ pub trait Device: Send + Sync {
     }
 }
 
-/// Times the visits of one block on the device, without waiting for it.
+/// Times the visits of one block on the device, or whatever else is queued again and again, without waiting for it.
 ///
 /// The pager calls `asked`, `began` and `ended` in this order, on the thread that computes; `asked` not where
 /// the block has been there since an earlier visit, so that nothing can be waited for.
@@ -145,7 +145,10 @@ pub trait Clock: Send {
     fn ended(&mut self);
 
     /// The times of the last visit, once; `None` as long as it is not over.
-    fn read(&mut self) -> Option<VisitTimes>;
+    ///
+    /// # Errors
+    /// The device failed: the times will never be known.
+    fn read(&mut self) -> Result<Option<VisitTimes>>;
 }
 
 /// How long a visit took on the device.

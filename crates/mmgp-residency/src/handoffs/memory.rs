@@ -140,9 +140,10 @@ impl Clock for AnyClock {
         self.ended = true;
     }
 
-    fn read(&mut self) -> Option<VisitTimes> {
+    fn read(&mut self) -> Result<Option<VisitTimes>> {
         let computed = Duration::from_millis(any(&[1, 3, 20]));
-        std::mem::take(&mut self.ended).then_some(VisitTimes { stalled: Duration::ZERO, computed })
+        let times = VisitTimes { stalled: Duration::ZERO, computed };
+        Ok(std::mem::take(&mut self.ended).then_some(times))
     }
 }
 

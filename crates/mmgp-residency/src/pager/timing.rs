@@ -169,7 +169,7 @@ impl Timing {
 
     fn read(&mut self, block: usize) -> Option<VisitTimes> {
         let b = self.blocks.get_mut(block)?;
-        let times = b.clock.as_mut()?.read()?;
+        let times = b.clock.as_mut()?.read().ok()??;
         b.visits += 1;
         if b.visits > 1 {
             let seconds = times.computed.as_secs_f64();

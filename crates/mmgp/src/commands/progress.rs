@@ -9,8 +9,7 @@ use mmgp::Event;
 pub(crate) struct Progress {
     bar: ProgressBar,
     lines: bool,
-    step: Option<Instant>,
-    last: Duration,
+    /// What each took.
     steps: Vec<Duration>,
     /// When decoding began.
     begun: Instant,
@@ -22,14 +21,7 @@ impl Progress {
             if quiet { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
         let bar = ProgressBar::with_draw_target(None, target);
         let lines = !quiet && bar.is_hidden();
-        Self {
-            bar,
-            lines,
-            step: None,
-            last: Duration::ZERO,
-            steps: Vec::new(),
-            begun: Instant::now(),
-        }
+        Self { bar, lines, steps: Vec::new(), begun: Instant::now() }
     }
 
     pub(crate) fn tell(&mut self, event: &Event) {
@@ -40,39 +32,33 @@ impl Progress {
                     "warning: the prompt is longer than the {limit} tokens that {encoder} sees; cut: {text:?}"
                 );
             }),
-            Event::Step { index, of } => {
-                if let Some(begun) = self.step.replace(Instant::now()) {
-                    self.stepped(begun.elapsed());
-                    self.line(*index, *of);
-                } else if let Ok(style) =
+            Event::Step { index: 0, of } => {
+                if let Ok(style) =
                     ProgressStyle::with_template("{bar:30} step {pos}/{len}  {msg}  {elapsed_precise}")
                 {
                     self.bar.set_style(style);
                     self.bar.set_length(*of as u64);
                 }
-                self.bar.set_position(*index as u64);
-                if *index > 0 {
-                    self.bar.set_message(format!("{:.2} s/step", self.last.as_secs_f64()));
+                self.bar.set_message("");
+            }
+            Event::Stepped { index, of, took } => {
+                self.steps.push(*took);
+                let (done, took) = (index + 1, took.as_secs_f64());
+                self.bar.set_position(done as u64);
+                self.bar.set_message(format!("{took:.2} s/step"));
+                if self.lines {
+                    eprintln!("step {done} of {of}: {took:.2} s");
                 }
             }
             Event::Decoding => {
                 self.begun = Instant::now();
-                if let Some(begun) = self.step.take() {
-                    self.stepped(begun.elapsed());
-                    let steps = self.bar.length().unwrap_or(0) as usize;
-                    self.line(steps, steps);
-                }
-                self.bar.set_position(self.bar.length().unwrap_or(0));
-                let last = self.last.as_secs_f64();
-                self.bar.set_message(format!("{last:.2} s/step, decoding"));
+                self.bar.set_message(match self.steps.last() {
+                    Some(took) => format!("{:.2} s/step, decoding", took.as_secs_f64()),
+                    None => "decoding".into(),
+                });
             }
             _ => {}
         }
-    }
-
-    fn stepped(&mut self, took: Duration) {
-        self.last = took;
-        self.steps.push(took);
     }
 
     /// What a step took in the median of all but the first, which measures.
@@ -93,12 +79,5 @@ impl Progress {
             eprintln!("{frames} frames: {:.2} s", self.begun.elapsed().as_secs_f64());
         }
         self.bar.finish_and_clear();
-    }
-
-    /// So many steps are done.
-    fn line(&self, done: usize, of: usize) {
-        if self.lines {
-            eprintln!("step {done} of {of}: {:.2} s", self.last.as_secs_f64());
-        }
     }
 }

@@ -52,16 +52,17 @@ impl Clock for EventClock {
         self.whole = true;
     }
 
-    fn read(&mut self) -> Option<VisitTimes> {
-        if !self.whole || !self.ended.is_complete() {
-            return None;
+    fn read(&mut self) -> Result<Option<VisitTimes>> {
+        let over = self.ended.try_is_complete().map_err(|e| failed("an event", e))?;
+        if !self.whole || !over {
+            return Ok(None);
         }
         self.whole = false;
         let stalled = match std::mem::take(&mut self.waited) {
             true => between(&self.asked, &self.began)?,
             false => Duration::ZERO,
         };
-        Some(VisitTimes { stalled, computed: between(&self.began, &self.ended)? })
+        Ok(Some(VisitTimes { stalled, computed: between(&self.began, &self.ended)? }))
     }
 }
 
@@ -72,7 +73,7 @@ pub(super) fn timed(stream: &Arc<CudaStream>) -> Result<CudaEvent> {
 }
 
 /// The time between two events that have passed.
-pub(super) fn between(first: &CudaEvent, second: &CudaEvent) -> Option<Duration> {
-    let ms = first.elapsed_ms(second).ok()?;
-    Some(Duration::from_secs_f64(f64::from(ms.max(0.)) * 1e-3))
+pub(super) fn between(first: &CudaEvent, second: &CudaEvent) -> Result<Duration> {
+    let ms = first.elapsed_ms(second).map_err(|e| failed("an event", e))?;
+    Ok(Duration::from_secs_f64(f64::from(ms.max(0.)) * 1e-3))
 }

@@ -213,7 +213,7 @@ impl Slot for CudaSlot {
     fn moved(&mut self) -> Option<Moved> {
         let bytes = self.moved.filter(|_| self.ready.is_complete())?;
         self.moved = None;
-        let took = between(&self.begun, &self.ready).unwrap_or(Duration::ZERO);
+        let took = between(&self.begun, &self.ready).unwrap_or_default();
         Some(Moved { bytes: Bytes(bytes), took })
     }
 
