@@ -6,4 +6,5 @@ mod nvcc;
 fn main() {
     println!("cargo::rerun-if-changed=../mmgp-quant/nvcc.rs");
     nvcc::fatbin("src/nn/cuda/nn.cu", "nn");
+    nvcc::fatbin("src/nn/cuda/attention.cu", "attention");
 }

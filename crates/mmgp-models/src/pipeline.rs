@@ -520,7 +520,9 @@ fn kernels(device: &Device) -> Option<String> {
     if let Device::Cuda(device) = device
         && crate::nn::cuda::enabled(device)
     {
-        use crate::nn::cuda::{attention_enabled, convolution_enabled, cudnn_version};
+        use crate::nn::cuda::{
+            attention_enabled, convolution_enabled, cudnn_version, flash_enabled,
+        };
         let cudnn = cudnn_version().map_or(String::new(), |version| {
             format!("cuDNN {}.{}.{}", version / 10_000, version / 100 % 100, version % 100)
         });
@@ -528,7 +530,11 @@ fn kernels(device: &Device) -> Option<String> {
             true => format!("by {cudnn}"),
             false => else_.to_string(),
         };
-        let attention = by(attention_enabled(device), "in chunks");
+        let attention = match (attention_enabled(device), flash_enabled(device)) {
+            (true, true) => format!("by {cudnn} or else the flash kernel"),
+            (false, true) => "by the flash kernel".into(),
+            (whole, false) => by(whole, "in chunks"),
+        };
         let convolution = by(convolution_enabled(device), "by the tensor library");
         return Some(format!("fused kernels, attention {attention}, convolutions {convolution}"));
     }

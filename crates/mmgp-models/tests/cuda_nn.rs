@@ -407,6 +407,188 @@ fn cuda_nn_attention_holds_no_scores() {
     }
 }
 
+/// softmax(q · kᵀ · scale) · v of one item in f64, `[queries, heads · dim]`, and the same with the sizes of `v`.
+fn formula(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> Result<[Vec<f64>; 2]> {
+    let f64s = |t: &Tensor| t.contiguous()?.to_dtype(DType::F64);
+    let (q, k, v) = (f64s(q)?, f64s(k)?, f64s(v)?);
+    let (heads, groups) = (q.dim(0)?, k.dim(0)?);
+    let mut parts = [Vec::new(), Vec::new()];
+    for head in 0..heads {
+        let group = head / (heads / groups);
+        let (k, v) = (k.get(group)?, v.get(group)?);
+        let scores = (q.get(head)?.matmul(&k.t()?)? * scale)?;
+        let weights = scores.broadcast_sub(&scores.max_keepdim(1)?)?.exp()?;
+        let weights = weights.broadcast_div(&weights.sum_keepdim(1)?)?;
+        parts[0].push(weights.matmul(&v)?);
+        parts[1].push(weights.matmul(&v.abs()?)?);
+    }
+    let [mean, sizes] = parts.map(|heads| Tensor::cat(&heads, 1)?.flatten_all()?.to_vec1::<f64>());
+    Ok([mean?, sizes?])
+}
+
+/// The bits of what is on the GPU, as f32.
+fn bits(t: &Tensor) -> Vec<u32> {
+    let t = t.to_device(&Device::Cpu).unwrap().to_dtype(DType::F32).unwrap();
+    t.flatten_all().unwrap().to_vec1::<f32>().unwrap().into_iter().map(f32::to_bits).collect()
+}
+
+/// A weight is rounded to the dtype before it multiplies a value, and the result after all: half a unit of the last
+/// place each, at most 2⁻⁸ and 2⁻¹¹. What is left of f32 and of an f16 weight below 2⁻¹⁴ is less than 10⁻⁴.
+#[test]
+fn cuda_flash_equals_the_formula() {
+    let (device, _guard) = gpu();
+    let there = Device::Cuda(device.clone());
+    cuda::self_test_flash(&device).unwrap();
+    assert_eq!(cuda::flash_image()[..4], 0xba55_ed50u32.to_le_bytes());
+    cuda::disable(&device);
+    cuda::enable(&device);
+    cuda::enable_flash(&device);
+    let mut random = Random(5);
+    for (dtype, unit) in [(DType::BF16, 2f64.powi(-8)), (DType::F16, 2f64.powi(-11))] {
+        let mut most = 0f64;
+        for case in 0..60 {
+            let (groups, sharing) = (random.of(&[1, 2, 3]), random.of(&[1, 1, 2, 4]));
+            let (heads, dim) = (groups * sharing, random.of(&[8, 40, 64, 64, 72, 96, 128, 128]));
+            let batch = if case == 0 { 19 } else { random.of(&[1, 2, 3]) };
+            let queries = random.of(&[1, 2, 31, 64, 127, 128, 129, 300]);
+            let keys = random.of(&[1, 7, 31, 32, 33, 63, 64, 65, 128, 200, 333]);
+            let lengths: Vec<usize> =
+                (0..batch).map(|_| 1 + random.next() as usize % keys).collect();
+            // From flat weights to such that a few keys have all of it.
+            let scale = [0.01, 0.3, 1., 4.][random.next() as usize % 4] / (dim as f64).sqrt();
+            let what = format!(
+                "{dtype:?}, {batch} of {heads} heads over {groups}, {queries} by {keys} {lengths:?}, dim {dim}, {scale}"
+            );
+            let q = random.tensor(&[batch, queries, heads * dim], dtype);
+            let kv = random.tensor(&[batch, keys, 2 * groups * dim], dtype);
+            // Behind an item's keys nothing may be read.
+            let kv: Vec<Tensor> = lengths
+                .iter()
+                .enumerate()
+                .map(|(item, &n)| {
+                    let seen = kv.get(item).unwrap().narrow(0, 0, n).unwrap();
+                    let nan =
+                        Tensor::full(f32::NAN, (keys - n, seen.dim(1).unwrap()), &Device::Cpu);
+                    if n == keys { seen } else { Tensor::cat(&[seen, nan.unwrap()], 0).unwrap() }
+                })
+                .collect();
+            let kv = Tensor::stack(&kv, 0).unwrap();
+            let split = |t: &Tensor, first: usize, count: usize| {
+                let (batch, tokens, _) = t.dims3().unwrap();
+                let t = t.narrow(2, first, count * dim).unwrap();
+                t.reshape((batch, tokens, count, dim)).unwrap().transpose(1, 2).unwrap()
+            };
+            let parts = |q: &Tensor, kv: &Tensor| {
+                [split(q, 0, heads), split(kv, 0, groups), split(kv, groups * dim, groups)]
+            };
+            let moved = |t: &Tensor| t.to_dtype(dtype).unwrap().to_device(&there).unwrap();
+            let [q, k, v] = parts(&q, &kv);
+            let [gq, gk, gv] = [&q, &k, &v].map(moved);
+            let run = |[q, k, v]: [&Tensor; 3], keys: &[usize]| {
+                nn::attention_up_to(q, k, v, scale, keys).unwrap()
+            };
+            let got = run([&gq, &gk, &gv], &lengths);
+            assert_eq!(
+                (got.dims(), got.dtype()),
+                (&[batch, queries, heads * dim][..], dtype),
+                "{what}"
+            );
+            for (item, &n) in lengths.iter().enumerate() {
+                let seen = |t: &Tensor| t.get(item).unwrap().narrow(1, 0, n).unwrap();
+                let own = q.get(item).unwrap();
+                let [want, sizes] = formula(&own, &seen(&k), &seen(&v), scale).unwrap();
+                let got = got.get(item).unwrap().to_device(&Device::Cpu).unwrap();
+                let got = got.to_dtype(DType::F64).unwrap().flatten_all().unwrap();
+                let got = got.to_vec1::<f64>().unwrap();
+                for (at, (got, (want, size))) in got.iter().zip(want.iter().zip(&sizes)).enumerate()
+                {
+                    let allowed = unit * (want.abs() + size) + 1e-4 * (1. + size);
+                    let error = (got - want).abs();
+                    assert!(
+                        error <= allowed,
+                        "{what}: item {item}, element {at}: {got} for {want}"
+                    );
+                    most = most.max(error / allowed);
+                }
+            }
+
+            let whole = bits(&got);
+            let same = |other: &Tensor, what_else: &str| {
+                assert!(whole == bits(other), "{what}: other bits {what_else}");
+            };
+            same(&run([&gq, &gk, &gv], &lengths), "at a second run");
+            // Within the rows of a projection, and of those, not where a vector begins.
+            let joined = |skipped: usize| {
+                let [q, k, v] =
+                    [&q, &k, &v].map(|t| t.transpose(1, 2).unwrap().flatten_from(2).unwrap());
+                let wide = |t: Tensor| {
+                    let t = t.pad_with_zeros(2, skipped, 16).unwrap();
+                    moved(&t.contiguous().unwrap())
+                };
+                let (q, kv) = (wide(q), wide(Tensor::cat(&[k, v], 2).unwrap()));
+                [
+                    split(&q, skipped, heads),
+                    split(&kv, skipped, groups),
+                    split(&kv, skipped + groups * dim, groups),
+                ]
+            };
+            for skipped in [0, 24, 3] {
+                let [q, k, v] = joined(skipped);
+                same(&run([&q, &k, &v], &lengths), "in wider rows");
+            }
+            // Alone: the last item, and of it the last queries, which are others of their block then.
+            let (item, from) = (batch - 1, queries / 3);
+            let one = |t: &Tensor| t.narrow(0, item, 1).unwrap();
+            let rest = one(&gq).narrow(2, from, queries - from).unwrap();
+            let alone = run([&rest, &one(&gk), &one(&gv)], &lengths[item..]);
+            let part = got.narrow(0, item, 1).unwrap().narrow(1, from, queries - from).unwrap();
+            assert!(bits(&part) == bits(&alone), "{what}: other bits alone");
+        }
+        println!("{dtype:?}: at most {:.0}% of what rounding allows", 100. * most);
+    }
+    cuda::disable(&device);
+}
+
+#[test]
+fn cuda_flash_beside_cudnn() {
+    let (device, _guard) = gpu();
+    let there = Device::Cuda(device.clone());
+    let cudnn = cuda::cudnn_version().is_ok();
+    println!("| bf16, heads | tokens | dim | flash, ms | TFLOP/s | cuDNN, ms | in chunks, ms |");
+    println!("|---|---|---|---|---|---|---|");
+    for (heads, tokens, dim) in
+        [(24, 4_608, 128), (24, 1_536, 128), (24, 4_608, 64), (24, 17_550, 64)]
+    {
+        let rows = Tensor::randn(0f32, 1., (1, tokens, 3 * heads * dim), &there).unwrap();
+        let rows = rows.to_dtype(DType::BF16).unwrap();
+        let part = |i: usize| {
+            let part = rows.narrow(2, i * heads * dim, heads * dim).unwrap();
+            part.reshape((1, tokens, heads, dim)).unwrap().transpose(1, 2).unwrap()
+        };
+        let (q, k, v) = (part(0), part(1), part(2));
+        let scale = 1. / (dim as f64).sqrt();
+        let run = || nn::attention(&q, &k, &v, scale, &[]).unwrap();
+        let timed = |repeats: u32, enable: fn(&CudaDevice)| {
+            cuda::disable(&device);
+            cuda::enable(&device);
+            enable(&device);
+            (run(), 1e3 * seconds(&there, repeats, || drop(run())))
+        };
+        let (chunks, slow) = timed(1, |_| ());
+        let whole = cudnn.then(|| timed(10, cuda::enable_attention).1);
+        let (flash, took) = timed(10, cuda::enable_flash);
+        cuda::disable(&device);
+        let operations = 4. * (heads * tokens * tokens * dim) as f64;
+        println!(
+            "| {heads} | {tokens} | {dim} | {took:.3} | {:.0} | {} | {slow:.3} |",
+            operations / took / 1e9,
+            whole.map_or("none".into(), |ms| format!("{ms:.3}")),
+        );
+        let worst = worst(&flash, &chunks);
+        assert!(worst < 0.02, "{heads} heads of {dim}, {tokens} tokens: off by {worst}");
+    }
+}
+
 #[test]
 fn cuda_nn_convolution_is_what_the_tensor_library_computes() {
     let (device, _guard) = gpu();

@@ -157,6 +157,8 @@ fn enable_tested(
     if !nn::enabled(device) {
         return Ok(());
     }
+    let (test, enable) = (nn::self_test_flash, nn::enable_flash);
+    optional("the kernel for attention", &[nn::flash_image()], test, enable)?;
     match nn::cudnn_version() {
         Ok(version) => {
             let version = version.to_le_bytes();

@@ -3,8 +3,8 @@
 //! Query rows are taken in chunks, so that the scores of one chunk stay near 32 MiB however long the
 //! sequence is; of a long one, few heads at a time, so that there are enough rows in a product. The chunk is a
 //! function of the shape and the kind of device: it belongs to the recipe. On a GPU what has no biases is
-//! cuDNN's, as a whole, where that is installed and computes the shape. The result comes with its heads merged,
-//! as the output projection takes it.
+//! computed as a whole: by cuDNN where that is installed and computes the shape, else by a kernel of ours where it
+//! does. The result comes with its heads merged, as the output projection takes it.
 
 use candle_core::{D, DType, Device, Result, Tensor};
 
@@ -165,6 +165,10 @@ pub fn attention_up_to(
     let first = keys.first().copied().unwrap_or(most);
     if keys.iter().all(|&n| n == first) {
         return attention(q, &k.narrow(2, 0, first)?, &v.narrow(2, 0, first)?, scale, &[]);
+    }
+    #[cfg(feature = "cuda")]
+    if let Some(out) = crate::nn::cuda::attention_up_to(q, k, v, scale, keys)? {
+        return Ok(out);
     }
     let mut items = Vec::with_capacity(batch);
     for (item, &n) in keys.iter().enumerate() {

@@ -7,13 +7,14 @@ use parking_lot::RwLock;
 
 use super::{
     cudnn,
-    self_test::{self_test, self_test_attention, self_test_convolution},
+    self_test::{self_test, self_test_attention, self_test_convolution, self_test_flash},
 };
 
 /// What computes on a GPU instead of the tensor library's own operations.
 #[derive(Clone, Copy, Debug, Default)]
 struct Choice {
     kernels: bool,
+    flash: bool,
     attention: bool,
     convolution: bool,
 }
@@ -37,6 +38,12 @@ fn choice(device: &CudaDevice) -> Choice {
 /// [`self_test`] passed on this card with this driver and this [`kernel_image`](super::kernel_image).
 pub fn enable(device: &CudaDevice) {
     choices().write().entry(context(device)).or_default().kernels = true;
+}
+
+/// Has them use the kernel for attention there, too, for what cuDNN does not compute. The caller knows that
+/// [`self_test_flash`] passed on this card with this driver and this [`flash_image`](super::flash_image).
+pub fn enable_flash(device: &CudaDevice) {
+    choices().write().entry(context(device)).or_default().flash = true;
 }
 
 /// Has them use cuDNN's attention there, too. The caller knows that [`self_test_attention`] passed on this card
@@ -63,6 +70,8 @@ pub fn disable(device: &CudaDevice) {
 pub fn enable_tested(device: &CudaDevice) -> mmgp_quant::Result<()> {
     self_test(device)?;
     enable(device);
+    self_test_flash(device)?;
+    enable_flash(device);
     if cudnn_version().is_ok() {
         self_test_attention(device)?;
         enable_attention(device);
@@ -75,6 +84,11 @@ pub fn enable_tested(device: &CudaDevice) -> mmgp_quant::Result<()> {
 /// Whether kernels are used on `device`'s GPU.
 pub fn enabled(device: &CudaDevice) -> bool {
     choice(device).kernels
+}
+
+/// Whether the kernel for attention is used on `device`'s GPU, for what cuDNN does not compute.
+pub fn flash_enabled(device: &CudaDevice) -> bool {
+    choice(device).flash
 }
 
 /// Whether cuDNN's attention is used on `device`'s GPU.

@@ -8,6 +8,7 @@
 mod choice;
 mod convolution;
 mod cudnn;
+mod flash;
 mod launch;
 mod self_test;
 mod shape;
@@ -28,14 +29,19 @@ pub(crate) use self::choice::take;
 pub use self::{
     choice::{
         attention_enabled, convolution_enabled, cudnn_version, disable, enable, enable_attention,
-        enable_convolution, enable_tested, enabled,
+        enable_convolution, enable_flash, enable_tested, enabled, flash_enabled,
     },
-    self_test::{self_test, self_test_attention, self_test_convolution},
+    self_test::{self_test, self_test_attention, self_test_convolution, self_test_flash},
 };
 
 /// The kernels as they were compiled: what a self-test's result is about, beside the card and the driver.
 pub fn kernel_image() -> &'static [u8] {
     KERNELS.bytes()
+}
+
+/// The same of the kernel for attention.
+pub fn flash_image() -> &'static [u8] {
+    flash::KERNELS.bytes()
 }
 
 /// softmax(q · kᵀ · scale) · v with the heads merged, as [`attention`](crate::nn::attention) has it without
@@ -45,10 +51,34 @@ pub(crate) fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> Resul
         return Ok(None);
     };
     let alike = |t: &Tensor| t.dtype() == q.dtype() && t.device().same_device(q.device());
-    if !attention_enabled(device) || !alike(k) || !alike(v) {
+    if !alike(k) || !alike(v) {
         return Ok(None);
     }
-    cudnn::attention(q, k, v, scale)
+    if attention_enabled(device)
+        && let Some(out) = cudnn::attention(q, k, v, scale)?
+    {
+        return Ok(Some(out));
+    }
+    if flash_enabled(device) { flash::attention(q, k, v, scale, None) } else { Ok(None) }
+}
+
+/// The same of items that see their first `keys` keys, as [`attention_up_to`](crate::nn::attention_up_to) has it;
+/// `None` where they are better computed one by one, as cuDNN's are.
+pub(crate) fn attention_up_to(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    scale: f64,
+    keys: &[usize],
+) -> Result<Option<Tensor>> {
+    let Device::Cuda(device) = q.device() else {
+        return Ok(None);
+    };
+    let alike = |t: &Tensor| t.dtype() == q.dtype() && t.device().same_device(q.device());
+    if attention_enabled(device) || !flash_enabled(device) || !alike(k) || !alike(v) {
+        return Ok(None);
+    }
+    flash::attention(q, k, v, scale, Some(keys))
 }
 
 /// `weight` over `x`, and `bias`, shapes as [`Conv2d`](crate::nn::Conv2d) has them, to `size` pixels; `None` where

@@ -39,6 +39,19 @@ pub fn self_test(device: &CudaDevice) -> Result<()> {
     Ok(())
 }
 
+/// Runs the kernel for attention and compares with the CPU.
+///
+/// As [`self_test`], for one [`flash_image`](super::flash_image). Nothing is [enabled](super::enable_flash) by it.
+///
+/// # Errors
+/// Those of [`self_test`].
+pub fn self_test_flash(device: &CudaDevice) -> Result<()> {
+    for dtype in [DType::BF16, DType::F16] {
+        On { device, dtype }.flash()?;
+    }
+    Ok(())
+}
+
 /// Runs cuDNN's attention and compares with the CPU.
 ///
 /// Takes a few seconds the first time on a machine, when its kernels are compiled, which the driver keeps. Results
@@ -49,7 +62,7 @@ pub fn self_test(device: &CudaDevice) -> Result<()> {
 /// [`Error::Kernel`] where it computes something else; [`Error::Candle`] where it does not run.
 pub fn self_test_attention(device: &CudaDevice) -> Result<()> {
     for dtype in [DType::BF16, DType::F16] {
-        On { device, dtype }.attention()?;
+        On { device, dtype }.whole_attention()?;
     }
     Ok(())
 }
@@ -199,38 +212,83 @@ impl On<'_> {
         Ok(())
     }
 
-    fn attention(&self) -> Result<()> {
-        let name = "attention";
+    fn flash(&self) -> Result<()> {
+        let computed = |q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, keys: Option<&[usize]>| {
+            super::flash::attention(q, k, v, scale, keys)
+        };
+        // Heads of both widths and narrower ones; whole and ragged tiles of queries and keys; heads that share keys.
+        for (heads, groups, queries, keys, dim) in [
+            (2, 2, 333, 340, 128),
+            (4, 2, 77, 172, 64),
+            (3, 1, 1, 12, 128),
+            (2, 2, 128, 128, 64),
+            (2, 1, 130, 100, 72),
+            (1, 1, 129, 257, 40),
+            (2, 2, 5, 1, 8),
+        ] {
+            let used = keys - keys / 4;
+            self.attention("flash", [heads, groups, queries, keys, dim], None, computed)?;
+            let lengths = [used, 1 + used / 3];
+            self.attention("flash", [heads, groups, queries, keys, dim], Some(lengths), computed)?;
+        }
+        Ok(())
+    }
+
+    fn whole_attention(&self) -> Result<()> {
         for (heads, queries, keys, dim) in
             [(2, 333, 333, 128), (3, 77, 130, 64), (1, 1, 9, 128), (2, 128, 257, 64)]
         {
-            let wide = heads * dim;
-            let (a, b) =
-                (self.values(&[2, queries, wide], 1)?, self.values(&[2, keys, 3 * wide], 2)?);
-            // Within the rows of a projection, the keys not to their end.
-            let parts = |a: &Tensor, b: &Tensor| {
-                let split = |t: &Tensor, first: usize| {
-                    let t = t.narrow(2, first, wide)?;
-                    t.reshape((2, t.dim(1)?, heads, dim))?.transpose(1, 2)
-                };
-                let used = keys - keys / 4;
-                let (k, v) = (split(b, wide)?, split(b, 2 * wide)?);
-                candle_core::Result::Ok((
-                    split(a, 0)?,
-                    k.narrow(2, 0, used)?,
-                    v.narrow(2, 0, used)?,
-                ))
-            };
-            let scale = 0.5 / (dim as f64).sqrt();
-            let (q, k, v) = parts(&a, &b)?;
-            let want = nn::attention(&q, &k, &v, scale, &[])?;
-            self.check(name, Within::Weights, &want, |put| {
-                let (q, k, v) = parts(&put.tensor(&a)?, &put.tensor(&b)?)?;
-                let found = super::cudnn::attention(&q, &k, &v, scale)?;
-                found.ok_or_else(|| Error::Invalid("it is not computed".into()))
+            let shape = [heads, heads, queries, keys, dim];
+            self.attention("attention", shape, None, |q, k, v, scale, _| {
+                super::cudnn::attention(q, k, v, scale)
             })?;
         }
         Ok(())
+    }
+
+    /// Holds attention of two items to the CPU's: of so many heads, groups of them, queries, keys and values of a head,
+    /// items seeing their first keys where `lengths` are given.
+    fn attention(
+        &self,
+        name: &str,
+        [heads, groups, queries, keys, dim]: [usize; 5],
+        lengths: Option<[usize; 2]>,
+        run: impl Fn(
+            &Tensor,
+            &Tensor,
+            &Tensor,
+            f64,
+            Option<&[usize]>,
+        ) -> candle_core::Result<Option<Tensor>>,
+    ) -> Result<()> {
+        let (wide, narrow) = (heads * dim, groups * dim);
+        let a = self.values(&[2, queries, wide], 1)?;
+        let b = self.values(&[2, keys, wide + 2 * narrow], 2)?;
+        // Within the rows of a projection, the keys not to their end.
+        let parts = |a: &Tensor, b: &Tensor| {
+            let split = |t: &Tensor, first: usize, count: usize| {
+                let t = t.narrow(2, first, count * dim)?;
+                t.reshape((2, t.dim(1)?, count, dim))?.transpose(1, 2)
+            };
+            let used = keys - keys / 4;
+            let (k, v) = (split(b, wide, groups)?, split(b, wide + narrow, groups)?);
+            candle_core::Result::Ok((
+                split(a, 0, heads)?,
+                k.narrow(2, 0, used)?,
+                v.narrow(2, 0, used)?,
+            ))
+        };
+        let scale = 0.5 / (dim as f64).sqrt();
+        let (q, k, v) = parts(&a, &b)?;
+        let want = match &lengths {
+            Some(lengths) => nn::attention_up_to(&q, &k, &v, scale, lengths)?,
+            None => nn::attention(&q, &k, &v, scale, &[])?,
+        };
+        self.check(name, Within::Weights, &want, |put| {
+            let (q, k, v) = parts(&put.tensor(&a)?, &put.tensor(&b)?)?;
+            let found = run(&q, &k, &v, scale, lengths.as_ref().map(|keys| keys.as_slice()))?;
+            found.ok_or_else(|| Error::Invalid("it is not computed".into()))
+        })
     }
 
     fn convolutions(&self) -> Result<()> {

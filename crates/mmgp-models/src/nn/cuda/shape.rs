@@ -1,4 +1,4 @@
-//! What kernels of `nn.cu` are told: where values lie, how many there are, and who takes which.
+//! What kernels of `nn.cu` and `attention.cu` are told: where values lie, how many there are, and who takes which.
 //!
 //! Nothing here needs a GPU, so its tests run everywhere.
 
@@ -16,10 +16,15 @@ const HELD: u64 = 4;
 const GRID_X: u64 = 1 << 20;
 /// Blocks along y, the limit of the hardware.
 const GRID_Y: u64 = 65_535;
+/// Queries of a block of attention.
+const QUERIES: u64 = 128;
+/// Items that one launch of attention computes at most.
+pub(super) const ITEMS: usize = 16;
 /// Rows, and columns of a row, that kernels count in 32 bits.
 const MOST: u64 = 1 << 31;
 
-/// A kernel's argument: the struct of that name in `nn.cu`. All fields have 64 bits.
+/// A kernel's argument: the struct of that name in `nn.cu` or `attention.cu`. All fields have 64 bits, or are some that
+/// have.
 macro_rules! argument {
     ($(#[$doc:meta])* $name:ident { $($field:ident: $type:ident),* $(,)? }) => {
         $(#[$doc])*
@@ -28,7 +33,7 @@ macro_rules! argument {
         pub(super) struct $name { $(pub(super) $field: $type),* }
 
         #[cfg(feature = "cuda")]
-        // SAFETY: numbers of 64 bits one behind another, as in `nn.cu`.
+        // SAFETY: numbers of 64 bits one behind another, as kernels have them.
         unsafe impl candle_core::cuda_backend::cudarc::driver::DeviceRepr for $name {}
 
         #[cfg(test)]
@@ -82,6 +87,39 @@ argument! {
     }
 }
 
+/// Keys that items of a batch see.
+pub(super) type Lengths = [u64; ITEMS];
+
+argument! {
+    /// softmax(q · kᵀ · scale) · v.
+    Attention {
+        q: u64, k: u64, v: u64, out: u64, heads: u64, sharing: u64, queries: u64, dim: u64,
+        q_item: u64, q_head: u64, q_token: u64, k_item: u64, k_head: u64, k_token: u64,
+        v_item: u64, v_head: u64, v_token: u64, scale: f64, keys: Lengths,
+    }
+}
+
+/// Heads of attention as a kernel has them, which fills up those that have fewer values; `None` for wider ones.
+pub(super) fn head_width(dim: u64) -> Option<u64> {
+    [64, 128].into_iter().find(|&width| dim <= width)
+}
+
+/// The bytes of a block's queries, in heads of two bytes each and as wide as kernels have them.
+pub(super) fn query_bytes(width: u64) -> u32 {
+    (QUERIES * width * 2) as u32
+}
+
+/// `t` where its rows are vectors of `each` values that begin where vectors may: as it is, or a copy.
+pub(super) fn vectors(t: &Tensor, each: u64) -> Result<Tensor> {
+    let each = each as usize;
+    let Some((last, apart)) = t.stride().split_last() else { return Ok(t.clone()) };
+    let mut apart = t.dims().iter().zip(apart);
+    let regular = *last == 1
+        && t.layout().start_offset().is_multiple_of(each)
+        && apart.all(|(&n, stride)| n == 1 || (*stride > 0 && stride.is_multiple_of(each)));
+    if regular { Ok(t.clone()) } else { t.force_contiguous() }
+}
+
 /// Blocks of a grid and threads of a block, along x and y.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Grid {
@@ -121,6 +159,13 @@ impl Grid {
         Self { blocks, threads: (TILE as u32, (BLOCK / TILE) as u32) }
     }
 
+    /// For attention, whose blocks have queries of one head; `None` if there are more than kernels count.
+    pub(super) fn of_queries(queries: u64, heads: u64) -> Option<Self> {
+        let blocks = queries.div_ceil(QUERIES).saturating_mul(heads);
+        let counted = queries < MOST && (1..MOST).contains(&blocks);
+        counted.then_some(Self { blocks: (blocks as u32, 1), threads: (SHORT as u32, 1) })
+    }
+
     /// For kernels of GroupNorm that take a piece or a group a block.
     pub(super) fn of_pieces(pieces: u64) -> Self {
         Self { blocks: (pieces.clamp(1, MOST - 1) as u32, 1), threads: (BLOCK as u32, 1) }
@@ -130,6 +175,11 @@ impl Grid {
 /// The values of a piece of a group.
 pub(super) fn piece_values(vector: u64) -> u64 {
     HELD * vector * BLOCK
+}
+
+/// Whether kernels count so many.
+pub(super) fn counted(n: u64) -> bool {
+    n < MOST
 }
 
 /// Refuses what kernels could not count.
@@ -255,10 +305,12 @@ mod tests {
 
     use super::*;
 
-    /// The fields of `name` in `nn.cu`, with the types that they have here.
+    /// What kernels are compiled of.
+    const SOURCES: &str = concat!(include_str!("nn.cu"), include_str!("attention.cu"));
+
+    /// The fields of `name` there, with the types that they have here.
     fn fields_of(name: &str) -> Vec<(String, String)> {
-        let source = include_str!("nn.cu");
-        let body = source.split(&format!("\nstruct {name} {{\n")).nth(1).expect("a struct");
+        let body = SOURCES.split(&format!("\nstruct {name} {{\n")).nth(1).expect("a struct");
         let body = body.split("};").next().expect("its end");
         let field = |line: &str| {
             let code = line.split("//").next()?.trim().strip_suffix(';')?;
@@ -266,6 +318,7 @@ mod tests {
             let kind = match kind {
                 "double" => "f64",
                 "u64" => "u64",
+                "Lengths" => "Lengths",
                 pointer if code.contains('*') && !pointer.is_empty() => "u64",
                 other => panic!("{other} in {name}"),
             };
@@ -280,20 +333,27 @@ mod tests {
             let ours: Vec<(String, String)> =
                 fields.iter().map(|(field, kind)| (field.to_string(), kind.to_string())).collect();
             assert_eq!(ours, fields_of(name), "{name}");
-            assert_eq!(size, 8 * fields.len(), "{name}");
+            let numbers = |kind: &str| if kind == "Lengths" { ITEMS } else { 1 };
+            let numbers: usize = fields.iter().map(|(_, kind)| numbers(kind)).sum();
+            assert_eq!(size, 8 * numbers, "{name}");
         }
         check("Rows", Rows::FIELDS, size_of::<Rows>());
         check("Gate", Gate::FIELDS, size_of::<Gate>());
         check("Activate", Activate::FIELDS, size_of::<Activate>());
         check("Group", Group::FIELDS, size_of::<Group>());
         check("Pixels", Pixels::FIELDS, size_of::<Pixels>());
-        let source = include_str!("nn.cu");
-        for line in
-            ["constexpr u32 HELD = 4;", "constexpr u32 PIECE = 256;", "constexpr u32 TILE = 32;"]
-        {
-            assert!(source.contains(line), "{line}");
+        check("Attention", Attention::FIELDS, size_of::<Attention>());
+        for line in [
+            "constexpr u32 HELD = 4;",
+            "constexpr u32 PIECE = 256;",
+            "constexpr u32 TILE = 32;",
+            "constexpr u32 ITEMS = 16;",
+            "constexpr u32 THREADS = 128;",
+            "constexpr u32 QUERIES = 128,",
+        ] {
+            assert!(SOURCES.contains(line), "{line}");
         }
-        assert_eq!((HELD, BLOCK, TILE), (4, 256, 32));
+        assert_eq!((HELD, BLOCK, TILE, ITEMS, SHORT, QUERIES), (4, 256, 32, 16, 128, 128));
     }
 
     #[test]
@@ -326,6 +386,13 @@ mod tests {
         assert_eq!((head.threads, head.blocks), ((16, 8), (24 * 4608 / 8, 1)));
         assert_eq!(Grid::of_tiles(33, 64, 7).blocks, (4, 7));
         assert_eq!(Grid::of_tiles(1, 1, 1 << 40).blocks, (1, GRID_Y as u32));
+        assert_eq!(Grid::of_queries(4608, 24).map(|grid| grid.blocks), Some((36 * 24, 1)));
+        assert_eq!(Grid::of_queries(1, 1).map(|grid| grid.blocks), Some((1, 1)));
+        for (queries, heads) in [(0, 1), (1, 0), (MOST, 1), (129, 1 << 30), (1, u64::MAX)] {
+            assert_eq!(Grid::of_queries(queries, heads), None);
+        }
+        let widths = [1, 64, 65, 128, 129].map(head_width);
+        assert_eq!(widths, [Some(64), Some(64), Some(128), Some(128), None]);
         assert_eq!(Grid::of_pieces(0).blocks, (1, 1));
         assert!(Grid::of_pieces(u64::MAX).blocks.0 < 1 << 31);
     }
@@ -361,6 +428,23 @@ mod tests {
         assert_eq!(strides(&x.flatten_all()?)?, (1, 1, 48, 0, 0, Some(0)));
         let per_item = PerItem::of(&x.narrow(0, 1, 1)?.flatten(0, 1)?.narrow(1, 2, 4)?)?;
         assert_eq!(per_item.item, 8);
+        Ok(())
+    }
+
+    #[test]
+    fn vectors_lie_where_they_may_begin() -> Result<()> {
+        let x = Tensor::zeros((2, 3, 4, 24), DType::F32, &Device::Cpu)?;
+        let kept = |x: &Tensor| -> Result<bool> {
+            let y = vectors(x, 8)?;
+            assert_eq!((y.dims(), y.stride()[3]), (x.dims(), 1));
+            Ok(y.stride() == x.stride() && y.layout().start_offset() == x.layout().start_offset())
+        };
+        assert!(kept(&x)? && kept(&x.transpose(1, 2)?)? && kept(&x.narrow(3, 8, 16)?)?);
+        assert!(!kept(&x.narrow(3, 4, 16)?)?, "an address");
+        assert!(!kept(&x.narrow(2, 0, 1)?.expand((2, 3, 4, 24))?)?, "no stride");
+        assert!(!kept(&x.transpose(2, 3)?)?, "values apart");
+        let narrow = Tensor::zeros((2, 3, 4, 12), DType::F32, &Device::Cpu)?;
+        assert!(!kept(&narrow.narrow(3, 0, 8)?)?, "a stride");
         Ok(())
     }
 

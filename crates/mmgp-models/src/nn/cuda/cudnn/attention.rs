@@ -8,8 +8,11 @@ use candle_core::{DType, Device, Result, Tensor, bail};
 use half::{bf16, f16};
 
 use super::{
-    super::launch::{Element, Fresh, held_to},
-    Answer, Descriptor, Key, Library, Lies, Raw, VECTOR, attribute, kind, of, queue,
+    super::{
+        launch::{Element, Fresh, held_to},
+        shape::vectors,
+    },
+    Answer, Descriptor, Key, Library, Lies, Raw, attribute, kind, of, queue,
 };
 
 /// The widest heads that it computes.
@@ -69,11 +72,11 @@ fn attend<T: Element>(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> Result<
     let (batch, heads, queries, dim) = q.dims4()?;
     let (_, groups, keys, _) = k.dims4()?;
     let fits = k.dims() == v.dims() && k.dim(0)? == batch && k.dim(3)? == dim;
-    let whole = dim.is_multiple_of(VECTOR / size_of::<T>()) && dim <= WIDEST;
+    let whole = dim.is_multiple_of(T::VECTOR as usize) && dim <= WIDEST;
     if !fits || groups != heads || !whole || q.elem_count() == 0 || keys == 0 {
         return Ok(None);
     }
-    let (q, k, v) = (vectors::<T>(q)?, vectors::<T>(k)?, vectors::<T>(v)?);
+    let (q, k, v) = (vectors(q, T::VECTOR)?, vectors(k, T::VECTOR)?, vectors(v, T::VECTOR)?);
     let inputs = [Some(&q), Some(&k), Some(&v)];
     held_to::<T>(&inputs)?;
     let mut out = Fresh::<T>::new(&q, (batch * queries * heads * dim) as u64)?;
@@ -90,17 +93,6 @@ fn attend<T: Element>(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> Result<
         unsafe { queue(device, stream, key, &[q as Raw, k as Raw, v as Raw, out as Raw, scale]) }
     })?;
     Ok(done.then(|| out.tensor((batch, queries, heads * dim))))
-}
-
-/// `t` where its rows are vectors that begin where vectors may: as it is, or a copy.
-fn vectors<T: Element>(t: &Tensor) -> Result<Tensor> {
-    let each = VECTOR / size_of::<T>();
-    let strides = t.stride();
-    let mut apart = t.dims().iter().zip(strides).take(3);
-    let regular = strides[3] == 1
-        && t.layout().start_offset().is_multiple_of(each)
-        && apart.all(|(&n, stride)| n == 1 || (*stride > 0 && stride.is_multiple_of(each)));
-    if regular { Ok(t.clone()) } else { t.force_contiguous() }
 }
 
 /// Where a tensor of four dimensions lies.
