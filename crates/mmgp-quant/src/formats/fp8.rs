@@ -279,3 +279,118 @@ impl CustomOp2 for Decode {
         crate::kernels::cuda::expand(Codes::Fp8, (codes, lc), Some((scales, ls)), self.dtype)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use candle_core::Device;
+
+    use super::*;
+    use crate::{Bias, MemorySource, from_e4m3};
+
+    const DIMS: (usize, usize) = (70, 33);
+
+    fn codes() -> Tensor {
+        let codes = (0..DIMS.0 * DIMS.1).map(|i| (i as u32).wrapping_mul(2_654_435_761) >> 24);
+        let codes = codes.map(|c| if c & 0x7f == 0x7f { 0 } else { c as u8 }).collect();
+        Tensor::from_vec(codes, DIMS, &Device::Cpu).unwrap()
+    }
+
+    fn rand(shape: &[usize], dtype: DType) -> Tensor {
+        let values = Tensor::randn(0f32, 1., shape, &Device::Cpu).unwrap();
+        values.to_dtype(dtype).unwrap()
+    }
+
+    /// The weight by the definition of its parts, in f64.
+    fn weight(scales: Option<&Tensor>) -> Tensor {
+        let codes: Vec<u8> = codes().flatten_all().unwrap().to_vec1().unwrap();
+        let values: Vec<f64> = codes.into_iter().map(|c| f64::from(from_e4m3(c))).collect();
+        let weight = Tensor::from_vec(values, DIMS, &Device::Cpu).unwrap();
+        match scales {
+            Some(scales) => weight.broadcast_mul(&scales.to_dtype(DType::F64).unwrap()).unwrap(),
+            None => weight,
+        }
+    }
+
+    fn largest(t: &Tensor) -> f64 {
+        t.abs().unwrap().max_all().unwrap().to_scalar().unwrap()
+    }
+
+    #[test]
+    fn products_are_those_of_codes_and_scales_with_and_without() {
+        let x = rand(&[5, DIMS.1], DType::F32);
+        let bias = rand(&[DIMS.0], DType::F32);
+        for scale in [Some(DType::BF16), Some(DType::F16), Some(DType::F32), None] {
+            let scales = scale.map(|dtype| rand(&[DIMS.0, 1], dtype));
+            let source = MemorySource::new(&Device::Cpu).with("bias", bias.clone());
+            let source = match &scales {
+                Some(scales) => {
+                    source.with_fp8("weight._data", codes()).with("weight._scale", scales.clone())
+                }
+                None => source.with_fp8("weight", codes()),
+            };
+            let layer = Weights::new(source).linear(DIMS.1, DIMS.0, Bias::Yes).unwrap();
+            assert_eq!(layer.format(), "fp8");
+            let weight = weight(scales.as_ref());
+            let wide = |t: &Tensor| t.to_dtype(DType::F64).unwrap();
+            let expected = wide(&x).matmul(&weight.t().unwrap()).unwrap();
+            let expected = expected.broadcast_add(&wide(&bias)).unwrap();
+            let y = wide(&layer.forward(&x).unwrap());
+            // Sums of 33 numbers in f32.
+            let off = largest(&(&y - &expected).unwrap()) / largest(&expected);
+            assert!(off < 1e-5, "{scale:?}: off by {off}");
+
+            // Decoded: rounded once to the dtype of the scales; without them exact.
+            let decoded = layer.decode().unwrap();
+            assert_eq!(decoded.dtype(), scale.unwrap_or(DType::BF16));
+            let rounded =
+                wide(&weight.to_dtype(DType::F32).unwrap().to_dtype(decoded.dtype()).unwrap());
+            assert_eq!(largest(&(wide(&decoded) - rounded).unwrap()), 0., "{scale:?}");
+        }
+    }
+
+    #[test]
+    fn joined_layers_equal_the_single_ones() {
+        let source = MemorySource::new(&Device::Cpu)
+            .with_fp8("q.weight", codes())
+            .with_fp8("k.weight", codes());
+        let w = Weights::new(source);
+        let joined = w.linear_joined(&[("q", DIMS.0), ("k", DIMS.0)], DIMS.1, Bias::No).unwrap();
+        let single = w.pp("k").linear(DIMS.1, DIMS.0, Bias::No).unwrap();
+        let x = rand(&[3, DIMS.1], DType::F32);
+        let half = joined.forward(&x).unwrap().narrow(1, DIMS.0, DIMS.0).unwrap();
+        let off = (half - single.forward(&x).unwrap()).unwrap().to_dtype(DType::F64).unwrap();
+        assert!(largest(&off) < 1e-2, "sums of numbers up to 448");
+    }
+
+    #[test]
+    fn what_is_odd_is_an_error_that_names_it() {
+        let open = |source: MemorySource| {
+            let layer = Weights::new(source).linear(DIMS.1, DIMS.0, Bias::No);
+            layer.map(drop).unwrap_err().to_string()
+        };
+        let plain = || MemorySource::new(&Device::Cpu).with_fp8("weight", codes());
+        for name in ["scale_weight", "weight_scale", "weight_scale_inv"] {
+            let error = open(plain().with(name, rand(&[1], DType::F32)));
+            for part in [&format!("`{name}`"), "`weight`", "[1]", "weight._scale"] {
+                assert!(error.contains(part), "no {part} in: {error}");
+            }
+        }
+        let coded = || MemorySource::new(&Device::Cpu).with_fp8("weight._data", codes());
+        assert!(open(coded()).contains("`weight._scale`"));
+        let error = open(coded().with("weight._scale", rand(&[3, 1], DType::F32)));
+        assert!(error.contains("[3, 1]") && error.contains("[70, 1]"), "{error}");
+        let integers = Tensor::zeros((DIMS.0, 1), DType::U32, &Device::Cpu).unwrap();
+        let error = open(coded().with("weight._scale", integers));
+        assert!(error.contains("U32") && error.contains("BF16, F16 or F32"), "{error}");
+        let error = open(MemorySource::new(&Device::Cpu).with_fp8("weight", codes().t().unwrap()));
+        assert!(error.contains("[33, 70]") && error.contains("[70, 33]"), "{error}");
+        // Not all of the joined ones.
+        let source = MemorySource::new(&Device::Cpu)
+            .with_fp8("q.weight", codes())
+            .with("k.weight", rand(&[DIMS.0, DIMS.1], DType::F32));
+        let layers = [("q", DIMS.0), ("k", DIMS.0)];
+        let error = Weights::new(source).linear_joined(&layers, DIMS.1, Bias::No).unwrap_err();
+        assert!(error.to_string().contains("F8_E4M3"), "{error}");
+    }
+}
