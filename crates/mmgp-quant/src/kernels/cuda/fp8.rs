@@ -133,6 +133,7 @@ fn run<T: Half, S: CudaDType + DeviceRepr + 'static>(
     if !fp8_multiplies(device)? || !product::offers(&stream, planned)? {
         return Ok(None);
     }
+    let (dtype, stored) = (x.dtype(), scales.map_or(DType::F32, Tensor::dtype));
     let (x, codes) = (aligned::<T>(x, device)?, aligned::<u8>(codes, device)?);
     let bias = bias.map(|bias| aligned::<T>(bias, device)).transpose()?;
     // SAFETY: plain numbers, and the product writes each.
@@ -157,14 +158,14 @@ fn run<T: Half, S: CudaDType + DeviceRepr + 'static>(
         let (wide, _wide) = made.wide.device_ptr_mut(&stream);
         let (of_rows, _of_rows) = made.row_scales.device_ptr_mut(&stream);
         let (y, _y) = out.device_ptr_mut(&stream);
-        let shape = Shape { rows, outputs, inputs, dtype: T::DTYPE };
+        let shape = Shape { rows, outputs, inputs, dtype };
         let at = Addresses { x: of_x, x_scales: of_rows, w, w_scales: wide, bias, y };
         let multiplied = product::Addresses { x: of_x, w, scales: Some((of_rows, wide)), bias, y };
         // SAFETY: `address` held the operands to their memory, and they and the buffers have the lengths that
         // `shape` says, which are those of the plan. All lie on `stream`'s device and are ordered by it; the buffers overlap
         // nothing.
         let done = unsafe {
-            quantize(device, Codes::Fp8, shape, (x, scales.unwrap_or(NULL), S::DTYPE), &at)?;
+            quantize(device, Codes::Fp8, shape, (x, scales.unwrap_or(NULL), stored), &at)?;
             product::run(device, &stream, planned, &multiplied, (1., 0.))?
         };
         if !done {
@@ -230,6 +231,7 @@ fn quantized<T: Half, S: CudaDType + DeviceRepr + 'static>(
         bail!("fp8 linear: input {:?}, scales {:?}", x.dims(), scales.map(Tensor::dims));
     }
     let stream = device.cuda_stream();
+    let (dtype, stored) = (x.dtype(), scales.map_or(DType::F32, Tensor::dtype));
     let x = aligned::<T>(x, device)?;
     let mut made = Quantized::alloc(device, (rows, outputs, inputs))?;
     {
@@ -243,13 +245,13 @@ fn quantized<T: Half, S: CudaDType + DeviceRepr + 'static>(
         let (of_x, _of_x) = made.codes.device_ptr_mut(&stream);
         let (wide, _wide) = made.wide.device_ptr_mut(&stream);
         let (of_rows, _of_rows) = made.row_scales.device_ptr_mut(&stream);
-        let shape = Shape { rows, outputs, inputs, dtype: T::DTYPE };
+        let shape = Shape { rows, outputs, inputs, dtype };
         let at =
             Addresses { x: of_x, x_scales: of_rows, w: NULL, w_scales: wide, bias: None, y: NULL };
         // SAFETY: `address` held the operands to their memory, and they and the buffers have the lengths that `shape`
         // says; the quantization reads and writes no others. All are ordered by `stream`.
         unsafe {
-            quantize(device, Codes::Fp8, shape, (x, scales.unwrap_or(NULL), S::DTYPE), &at)?;
+            quantize(device, Codes::Fp8, shape, (x, scales.unwrap_or(NULL), stored), &at)?;
         }
     }
     Ok((

@@ -154,7 +154,8 @@ fn expand_to<S: CudaDType + DeviceRepr, T: CudaDType + DeviceRepr>(
 ) -> Result<(CudaStorage, Shape)> {
     let (outputs, inputs) = lc.shape().dims2()?;
     let dev = codes.device();
-    let name = expand_name(of, S::DTYPE, dtype)?;
+    let stored = scales.map_or(DType::F32, |(scales, _)| scales.dtype());
+    let name = expand_name(of, stored, dtype)?;
     let codes = view::<u8>(codes, lc)?;
     let scales = scales.map(|(scales, ls)| view::<S>(scales, ls)).transpose()?;
     if let Some(scales) = &scales
