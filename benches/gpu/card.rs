@@ -54,6 +54,10 @@ impl Card {
         let cuda = Cuda::new(&options)?;
         if let Device::Cuda(device) = mmgp_residency::Device::candle(&cuda) {
             nn::cuda::enable_tested(device)?;
+            if mmgp_quant::fp8_multiplies(device)? {
+                mmgp_quant::self_test_fp8(device)?;
+                mmgp_quant::enable_fp8(device);
+            }
         }
         Ok(Self { pager: Pager::over(cuda.clone())?, cuda: Some(cuda) })
     }

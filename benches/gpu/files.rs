@@ -17,7 +17,7 @@ use anyhow::{Context as _, Result, ensure};
 use candle_core::Device;
 use mmgp_io::{Checkpoint, Dtype, Overwrite, TensorSpec, disk_space};
 use mmgp_models::flux::{FluxConfig, FluxTransformer};
-use mmgp_quant::QuantPolicy;
+use mmgp_quant::{Codes, QuantPolicy};
 use mmgp_residency::{ALIGN, Bytes, ModelBuilder, Pager};
 use mmgp_synth::values::{self, Float};
 use rayon::prelude::*;
@@ -79,7 +79,8 @@ impl Files {
             let begun = Instant::now();
             match form {
                 Form::Bf16 => self.make(&path)?,
-                Form::Int8 | Form::W8a8 => self.quantize(&self.open(Form::Bf16)?, &path)?,
+                Form::Int8 | Form::W8a8 => self.quantize(Codes::Int8, &path)?,
+                Form::Fp8 => self.quantize(Codes::Fp8, &path)?,
             }
             let (bytes, took) = (fs::metadata(&path)?.len(), begun.elapsed().as_secs_f64());
             let speed = Bytes((bytes as f64 / took) as u64);
@@ -121,10 +122,11 @@ impl Files {
         Ok(())
     }
 
-    fn quantize(&self, dense: &Arc<Checkpoint>, path: &Path) -> Result<()> {
+    fn quantize(&self, codes: Codes, path: &Path) -> Result<()> {
+        let dense = self.open(Form::Bf16)?;
         let pager = Pager::new(&Device::Cpu)?;
-        let mut builder = ModelBuilder::new(&pager, MODEL, dense.clone());
-        builder.quantize(QuantPolicy::default());
+        let mut builder = ModelBuilder::new(&pager, MODEL, dense);
+        builder.quantize(QuantPolicy::new(codes, &[])?);
         let _model = FluxTransformer::new(&self.config, builder)?;
         pager.save(MODEL, path, &BTreeMap::new(), Overwrite::Yes)?;
         Ok(())

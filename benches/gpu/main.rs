@@ -37,7 +37,7 @@ use crate::{
     measure::{Alone, Session, system, told, workload},
     results::{Copies, Failed, Results},
     row::Row,
-    rows::{Form, Request, Set, Way, combined, with_w8a8},
+    rows::{Form, Request, Set, Way, combined, with_quantized_activations},
 };
 
 /// Steps of a FLUX.1-dev transformer under several budgets, against bound and schedule
@@ -62,7 +62,7 @@ struct Cli {
     /// With --budgets: through page-locked memory, the ring, or both
     #[arg(long, value_enum, value_delimiter = ',', default_value = "pinned", requires = "budgets")]
     ways: Vec<Way>,
-    /// Only rows of these forms; w8a8 has those of int8, and is measured only if it is named
+    /// Only rows of these forms; w8a8 and fp8 have those of int8, and are measured only if they are named
     #[arg(long, value_enum, value_delimiter = ',')]
     forms: Vec<Form>,
     /// Tokens of the text
@@ -157,7 +157,10 @@ impl Cli {
             (_, true) => Set::All,
             _ => Set::Table,
         };
-        with_w8a8(set.requests()).into_iter().filter(|row| forms.contains(&row.form)).collect()
+        with_quantized_activations(set.requests())
+            .into_iter()
+            .filter(|row| forms.contains(&row.form))
+            .collect()
     }
 
     fn config(&self) -> Result<FluxConfig> {
@@ -346,6 +349,8 @@ mod tests {
         assert!(int8.len() == 2 && int8.iter().all(|row| row.form == Form::Int8));
         let w8a8 = cli("--quick --forms w8a8").requests();
         assert!(w8a8.len() == 2 && w8a8.iter().all(|row| row.form == Form::W8a8));
+        let fp8 = cli("--quick --forms fp8").requests();
+        assert!(fp8.len() == 2 && fp8.iter().all(|row| row.form == Form::Fp8));
         let own = "--budgets 50%,4GB --image 64,16 --links none,12GB --forms bf16";
         assert_eq!(cli(&format!("{own} --ways ring,pinned")).requests().len(), 16);
         let own = cli(own).requests();

@@ -18,6 +18,7 @@ use candle_core::{Device, Tensor};
 use mmgp_benches::random;
 use mmgp_io::Checkpoint;
 use mmgp_models::flux::{FluxConfig, FluxInputs, FluxTransformer, latents};
+use mmgp_quant::Codes;
 use mmgp_residency::{Budget, Bytes, ModelBuilder, ModelPlan, Pager, Report, process_peak};
 
 use crate::{
@@ -276,9 +277,14 @@ pub(crate) fn model(
     form: Form,
 ) -> Result<FluxTransformer> {
     let mut builder = ModelBuilder::new(pager, MODEL, checkpoint.clone());
-    if form == Form::W8a8 {
-        ensure!(!pager.device().candle().is_cpu(), "int8 activations need a GPU");
-        builder.quantize_activations();
+    let activations = match form {
+        Form::Bf16 | Form::Int8 => None,
+        Form::W8a8 => Some(Codes::Int8),
+        Form::Fp8 => Some(Codes::Fp8),
+    };
+    if let Some(codes) = activations {
+        ensure!(!pager.device().candle().is_cpu(), "{codes} activations need a GPU");
+        builder.quantize_activations(codes);
     }
     Ok(FluxTransformer::new(config, builder)?)
 }

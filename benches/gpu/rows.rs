@@ -19,6 +19,9 @@ pub(crate) enum Form {
     Int8,
     /// These weights, and rows of activations made int8 before each product; needs a GPU.
     W8a8,
+    /// Weights of linear layers in blocks as fp8 (e4m3) with a scale per row, and rows of activations made fp8 before each
+    /// product where the GPU multiplies them; needs one.
+    Fp8,
 }
 
 impl Form {
@@ -28,6 +31,7 @@ impl Form {
             Form::Bf16 => "bf16",
             Form::Int8 => "int8",
             Form::W8a8 => "w8a8",
+            Form::Fp8 => "fp8",
         }
     }
 }
@@ -95,7 +99,7 @@ const SLOW: f64 = 12.;
 const RING: f64 = 20.;
 
 impl Set {
-    /// Its rows, in the order in which they are measured; those of [`Form::W8a8`] are not among them.
+    /// Its rows, in the order in which they are measured; those of [`Form::W8a8`] and [`Form::Fp8`] are not among them.
     pub(crate) fn requests(self) -> Vec<Request> {
         let mut all = Vec::new();
         let mut push = |form, way, budgets: &[f64], image, link: Option<f64>| {
@@ -179,11 +183,12 @@ pub(crate) fn combined(
     in_order(all)
 }
 
-/// `rows`, and those of int8 weights with int8 activations too.
-pub(crate) fn with_w8a8(mut rows: Vec<Request>) -> Vec<Request> {
-    let int8 = rows.iter().filter(|row| row.form == Form::Int8);
-    let more: Vec<_> = int8.map(|row| Request { form: Form::W8a8, ..*row }).collect();
-    rows.extend(more);
+/// `rows`, and those of int8 weights with int8 activations and in fp8 too.
+pub(crate) fn with_quantized_activations(mut rows: Vec<Request>) -> Vec<Request> {
+    let int8: Vec<_> = rows.iter().filter(|row| row.form == Form::Int8).copied().collect();
+    for form in [Form::W8a8, Form::Fp8] {
+        rows.extend(int8.iter().map(|row| Request { form, ..*row }));
+    }
     in_order(rows)
 }
 

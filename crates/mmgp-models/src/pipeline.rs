@@ -13,7 +13,7 @@ use std::{
 
 use candle_core::{DType, Device, Tensor};
 use mmgp_io::Checkpoint;
-use mmgp_quant::QuantPolicy;
+use mmgp_quant::{Codes, QuantPolicy};
 use mmgp_residency::{Digest, ModelBuilder, Pager};
 use serde::{Deserialize, Serialize};
 
@@ -28,24 +28,40 @@ const MOST_FRAMES: usize = 100_001;
 /// How a pipeline's weights are taken.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct OpenOptions {
-    /// Models whose linear weights become int8 while they are read.
+    /// Models whose linear weights become codes while they are read.
     pub quantize: Vec<String>,
+    /// What they become.
+    pub codes: Codes,
     /// Layers of them that stay as they are: patterns of full stored names, `*` and `?`.
     pub exclude: Vec<String>,
-    /// What products with int8 weights take of their input.
+    /// What products with int8 or fp8 weights take of their input.
     pub activations: Activations,
     /// Models whose weights are taken from another place than the pipeline's folder.
     pub replaced: Vec<Replaced>,
 }
 
-/// What products with int8 weights take of their input; part of the recipe.
+/// What products with int8 or fp8 weights take of their input; part of the recipe.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Activations {
     /// It as it is, and the weight expanded to its dtype.
     #[default]
     AsTheyAre,
-    /// Rows made int8 with a scale for each, where the GPU multiplies int8 by int8; needs a GPU.
+    /// With int8 weights rows made int8 with a scale for each, where the GPU multiplies int8 by int8; needs a GPU.
     Int8,
+    /// With fp8 weights rows made fp8 (e4m3) with a scale for each, where the GPU multiplies them (compute
+    /// capability 9.0), else as they are; needs a GPU.
+    Fp8,
+}
+
+impl Activations {
+    /// The codes that rows become, if any.
+    pub fn codes(self) -> Option<Codes> {
+        match self {
+            Activations::AsTheyAre => None,
+            Activations::Int8 => Some(Codes::Int8),
+            Activations::Fp8 => Some(Codes::Fp8),
+        }
+    }
 }
 
 /// Where a model's weights are instead.
@@ -78,7 +94,7 @@ impl OpenOptions {
     /// for them, quantizing if it is among those.
     ///
     /// # Errors
-    /// Weights that cannot be opened; a pattern that is none; int8 activations on the CPU.
+    /// Weights that cannot be opened; a pattern that is none; int8 or fp8 activations on the CPU.
     pub(crate) fn builder(
         &self,
         pager: &Pager,
@@ -94,13 +110,13 @@ impl OpenOptions {
         if let Some(replaced) = replaced {
             builder.expect(replaced.digests.clone());
         } else if self.quantize.iter().any(|quantized| quantized == name) {
-            builder.quantize(QuantPolicy::int8(&self.exclude)?);
+            builder.quantize(QuantPolicy::new(self.codes, &self.exclude)?);
         }
-        if self.activations == Activations::Int8 {
+        if let Some(codes) = self.activations.codes() {
             if pager.device().candle().is_cpu() {
-                return Err(Error::Input("int8 activations need a GPU".into()));
+                return Err(Error::Input(format!("{codes} activations need a GPU")));
             }
-            builder.quantize_activations();
+            builder.quantize_activations(codes);
         }
         Ok(builder)
     }
@@ -495,16 +511,19 @@ pub(crate) fn weights_recipe(options: &OpenOptions, device: &Device, compute: DT
         DType::F32 => "f32".to_string(),
         half => format!("{half:?}").to_lowercase(),
     };
-    let int8 = options.activations == Activations::Int8;
-    let weights = match (models.as_str(), device.is_cpu()) {
-        ("", _) if int8 => {
-            format!("as stored, products in {products}, of int8 with activations int8 per row")
+    let codes = options.codes;
+    let activations = options.activations.codes().filter(|&codes| multiplies(device, codes));
+    let weights = match (models.as_str(), device.is_cpu(), activations) {
+        ("", _, Some(of)) => {
+            format!("as stored, products in {products}, of {of} with activations {of} per row")
         }
-        ("", _) => format!("as stored, products in {products}"),
-        (models, true) => format!("int8 in {models}{except}, code times scale in f32"),
-        (models, false) if int8 => format!("int8 in {models}{except}, activations int8 per row"),
-        (models, false) => {
-            format!("int8 in {models}{except}, expanded to {products} before each product")
+        ("", _, None) => format!("as stored, products in {products}"),
+        (models, true, _) => format!("{codes} in {models}{except}, code times scale in f32"),
+        (models, false, Some(of)) if of == codes => {
+            format!("{codes} in {models}{except}, activations {of} per row")
+        }
+        (models, false, _) => {
+            format!("{codes} in {models}{except}, expanded to {products} before each product")
         }
     };
     let mut recipe = vec![("weights", weights)];
@@ -512,6 +531,15 @@ pub(crate) fn weights_recipe(options: &OpenOptions, device: &Device, compute: DT
         recipe.push(("device", format!("CUDA, {kernels}")));
     }
     recipe
+}
+
+/// Whether the device multiplies such codes, where that is allowed.
+fn multiplies(device: &Device, codes: Codes) -> bool {
+    match (device, codes) {
+        #[cfg(feature = "cuda")]
+        (Device::Cuda(device), Codes::Fp8) => mmgp_quant::fp8_enabled(device),
+        _ => true,
+    }
 }
 
 /// What computes between the products on a GPU.

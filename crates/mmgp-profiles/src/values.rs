@@ -136,12 +136,15 @@ pub enum QuantizationType {
     /// int8, symmetric, one scale per output channel.
     #[default]
     Qint8,
+    /// fp8 (e4m3), one scale per output channel.
+    Qfloat8,
 }
 
 impl fmt::Display for QuantizationType {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             QuantizationType::Qint8 => f.write_str("qint8"),
+            QuantizationType::Qfloat8 => f.write_str("qfloat8"),
         }
     }
 }
@@ -152,7 +155,8 @@ impl FromStr for QuantizationType {
     fn from_str(text: &str) -> Result<Self, &'static str> {
         match text.to_ascii_lowercase().as_str() {
             "qint8" | "int8" => Ok(QuantizationType::Qint8),
-            _ => Err("`qint8`, the one type of this build"),
+            "qfloat8" | "qfloat8_e4m3fn" | "fp8" => Ok(QuantizationType::Qfloat8),
+            _ => Err("`qint8` or `qfloat8`"),
         }
     }
 }

@@ -2,7 +2,8 @@
 #![allow(clippy::unwrap_used)]
 
 use mmgp_profiles::{
-    Amount, Amounts, Effect, Error, Fraction, Hardware, Models, Origin, Profile, Settings, Switch,
+    Amount, Amounts, Effect, Error, Fraction, Hardware, Models, Origin, Profile, QuantizationType,
+    Settings, Switch,
 };
 use mmgp_residency::{Budget, Bytes};
 
@@ -96,7 +97,7 @@ fn text_sets_every_setting_and_an_error_changes_none() {
         ("Budgets", "transformer=1.2GB, *=3000"),
         ("quantizeTransformer", "False"),
         ("extraModelsToQuantize", "text_encoder , vae"),
-        ("quantizationType", "INT8"),
+        ("quantizationType", "FP8"),
         ("quantize-exclude", "*.norm*,proj_out"),
         ("pinnedMemory", "transformer"),
         ("PINNED_PEFT_LORA", "on"),
@@ -110,6 +111,7 @@ fn text_sets_every_setting_and_an_error_changes_none() {
         settings.set(name, text).unwrap();
     }
     assert!(settings.explained(&Hardware::detect()).iter().all(|s| s.origin == Origin::User));
+    assert_eq!(settings.quantization_type.get(), &QuantizationType::Qfloat8);
     assert_eq!(settings.quantize_exclude.get(), &["*.norm*", "proj_out"]);
     assert_eq!(settings.perc_reserved_mem_max.get(), &Fraction::new(0.3));
 

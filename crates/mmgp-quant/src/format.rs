@@ -6,7 +6,7 @@ use candle_core::Tensor;
 
 use crate::{
     Part, Result, Weights,
-    formats::{dense::Dense, int8::Int8},
+    formats::{dense::Dense, fp8::Fp8, int8::Int8},
 };
 
 /// A number format that linear weights are stored in.
@@ -56,5 +56,5 @@ pub trait QuantTensor: Send + Sync {
 
 /// All formats, in the order in which they are asked.
 pub fn formats() -> &'static [&'static dyn Format] {
-    &[&Int8, &Dense]
+    &[&Int8, &Fp8, &Dense]
 }

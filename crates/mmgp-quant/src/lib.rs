@@ -23,6 +23,7 @@
 
 #[cfg(any(test, feature = "cuda"))]
 mod card;
+mod codes;
 mod error;
 mod format;
 mod formats;
@@ -38,16 +39,21 @@ mod weights;
 
 #[cfg(any(test, feature = "cuda"))]
 pub use card::Card;
+pub use codes::Codes;
 pub use error::{Error, Result};
 pub use format::{Format, QuantTensor, formats};
 #[cfg(feature = "cuda")]
-pub use kernels::cuda::{Int8Kernel, KernelImage, kernel_images, product_library, w8a8, w8a8_by};
+pub use kernels::cuda::{
+    Int8Kernel, KernelImage, disable_fp8, enable_fp8, fp8_enabled, fp8_multiplies, fp8_product,
+    kernel_images, product_library, w8a8, w8a8_by,
+};
+pub use kernels::fp8::{from_e4m3, to_e4m3};
 pub use kernels::int8::{NotFinite, Real, decode, quantize, quantize_rows};
 pub use linear::{Bias, Linear};
 pub use low_rank::{Band, add_low_rank};
 pub use policy::QuantPolicy;
 #[cfg(feature = "cuda")]
-pub use self_test::self_test;
+pub use self_test::{self_test, self_test_fp8};
 pub use side::{Side, SideSlot};
 pub use target::{Target, TargetPart};
 pub use weights::{Form, MemorySource, Part, Source, Stored, Weights, join_parts};

@@ -1,4 +1,4 @@
-//! Which layers of a model become int8 while it is read.
+//! Which layers of a model become int8 or fp8 while it is read.
 //!
 //! Only weights of linear layers do. Upstream leaves modules alone that stand outside the repeated
 //! blocks: embedders, final projections, heads; they are a small share of a model and a large share of
@@ -8,25 +8,39 @@
 
 use glob::Pattern;
 
-use crate::{Error, Result};
+use crate::{Codes, Error, Result};
 
 /// What is quantized, and what is not.
 #[derive(Clone, Debug, Default)]
 pub struct QuantPolicy {
+    codes: Codes,
     exclude: Vec<Pattern>,
 }
 
 impl QuantPolicy {
+    /// All linear layers of blocks as int8, but those excluded: see [`new`](Self::new).
+    ///
+    /// # Errors
+    /// A pattern that is none.
+    pub fn int8(exclude: &[String]) -> Result<Self> {
+        Self::new(Codes::Int8, exclude)
+    }
+
     /// All linear layers of blocks, but those whose full stored name (`transformer_blocks.0.ff.net.2`)
     /// matches one of `exclude`: `*` stands for any text, `?` for one character, case counts.
     ///
     /// # Errors
     /// A pattern that is none.
-    pub fn int8(exclude: &[String]) -> Result<Self> {
+    pub fn new(codes: Codes, exclude: &[String]) -> Result<Self> {
         let pattern = |text: &String| {
             Pattern::new(text).map_err(|e| Error::Invalid(format!("`{text}` is no pattern: {e}")))
         };
-        Ok(Self { exclude: exclude.iter().map(pattern).collect::<Result<_>>()? })
+        Ok(Self { codes, exclude: exclude.iter().map(pattern).collect::<Result<_>>()? })
+    }
+
+    /// What they become.
+    pub fn codes(&self) -> Codes {
+        self.codes
     }
 
     /// Whether the layer of this full name is left alone by name.

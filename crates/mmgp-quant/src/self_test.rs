@@ -6,7 +6,7 @@
 //! begin inside a vector, operands that begin at no multiple of 16 bytes, more rows than a grid has.
 //!
 //! Products are the library's, which sums in an order of its own: they are held to what rounding allows, and to giving
-//! the same bits again.
+//! the same bits again. Those in fp8 are tested apart: a card need not have them.
 
 #[cfg(feature = "cuda")]
 mod on_gpu;
@@ -14,7 +14,10 @@ mod on_gpu;
 use candle_core::DType;
 use half::{bf16, f16};
 
-use crate::{Error, Result, kernels::int8};
+use crate::{
+    Codes, Error, Result,
+    kernels::{fp8, int8},
+};
 
 /// The dtypes that kernels exist for.
 const DTYPES: [DType; 3] = [DType::BF16, DType::F16, DType::F32];
@@ -33,8 +36,13 @@ pub fn self_test(device: &candle_core::CudaDevice) -> Result<()> {
     for (outputs, inputs, skipped) in EXPANDED {
         for scale in DTYPES {
             for to in DTYPES {
-                on_gpu::expand(device, (outputs, inputs), skipped, scale, to)?;
+                for of in [Codes::Int8, Codes::Fp8] {
+                    on_gpu::expand(device, of, (outputs, inputs), skipped, Some(scale), to)?;
+                }
             }
+        }
+        for to in DTYPES {
+            on_gpu::expand(device, Codes::Fp8, (outputs, inputs), skipped, None, to)?;
         }
     }
     for (rows, outputs, skipped) in BIASED {
@@ -56,6 +64,30 @@ pub fn self_test(device: &candle_core::CudaDevice) -> Result<()> {
         for dtype in [DType::BF16, DType::F16] {
             for scale in DTYPES {
                 on_gpu::w8a8(device, shape, dtype, scale)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The same of products in fp8, with the quantization before them: for GPUs that
+/// [`fp8_multiplies`](crate::fp8_multiplies) names.
+///
+/// # Errors
+/// As [`self_test`]; [`Error::Candle`] too on GPUs without such products.
+#[cfg(feature = "cuda")]
+pub fn self_test_fp8(device: &candle_core::CudaDevice) -> Result<()> {
+    for (rows, outputs, inputs) in FP8_ROWS {
+        for dtype in [DType::BF16, DType::F16] {
+            for scale in [Some(DType::BF16), Some(DType::F16), Some(DType::F32), None] {
+                on_gpu::quantize_fp8(device, (rows, outputs, inputs), dtype, scale)?;
+            }
+        }
+    }
+    for shape in FP8 {
+        for dtype in [DType::BF16, DType::F16] {
+            for scale in [Some(DType::BF16), None] {
+                on_gpu::fp8(device, shape, dtype, scale)?;
             }
         }
     }
@@ -118,6 +150,15 @@ const INT8: [(usize, usize, usize); 7] = [
     (3, 16, 24), // nothing multiplies these
 ];
 
+/// `(rows, outputs, inputs)` of rows that become e4m3: a vector, threads without one, longer rows than a thread keeps, and
+/// more outputs than a block has threads.
+const FP8_ROWS: [(usize, usize, usize); 4] =
+    [(1, 5, 8), (77, 333, 272), (3, 16, 33_024), (300, 1100, 128)];
+
+/// `(rows, outputs, inputs)` of products in fp8: one row and few, tiles that are cut.
+const FP8: [(usize, usize, usize); 6] =
+    [(1, 64, 96), (3, 144, 16), (77, 272, 336), (300, 48, 128), (128, 256, 256), (77, 32, 1040)];
+
 /// Values of both signs between 1/16 and 16, the same for the same seed, rounded to `dtype`.
 fn values(len: usize, seed: u32, dtype: DType) -> Vec<f32> {
     let mut values = Vec::with_capacity(len);
@@ -150,9 +191,12 @@ fn round(values: &mut [f32], dtype: DType) {
 }
 
 /// What `expand_*` computes, widened.
-fn expanded(codes: &[u8], inputs: usize, scales: &[f32], dtype: DType) -> Vec<f32> {
+fn expanded(of: Codes, codes: &[u8], inputs: usize, scales: &[f32], dtype: DType) -> Vec<f32> {
     let mut weight = vec![0.; codes.len()];
-    int8::expand(codes, inputs, scales, &mut weight);
+    match of {
+        Codes::Int8 => int8::expand(codes, inputs, scales, &mut weight),
+        Codes::Fp8 => fp8::expand(codes, inputs, scales, &mut weight),
+    }
     round(&mut weight, dtype);
     weight
 }
@@ -196,17 +240,32 @@ fn multiplied(
 
 /// What `quantize_*` computes of `x` `[rows, inputs]`: codes and scales.
 fn quantized(x: &[f32], inputs: usize) -> (Vec<i8>, Vec<f32>) {
+    quantized_by(x, inputs, 127., 0, |x| x.round_ties_even() as i8)
+}
+
+/// What `quantize_fp8_*` computes of `x` `[rows, inputs]`: codes and scales.
+fn quantized_to_fp8(x: &[f32], inputs: usize) -> (Vec<u8>, Vec<f32>) {
+    quantized_by(x, inputs, fp8::MOST, 0, fp8::to_e4m3)
+}
+
+fn quantized_by<C: Copy>(
+    x: &[f32],
+    inputs: usize,
+    most: f32,
+    none: C,
+    encode: impl Fn(f32) -> C,
+) -> (Vec<C>, Vec<f32>) {
     let (mut codes, mut scales) = (Vec::with_capacity(x.len()), Vec::new());
     for row in x.chunks_exact(inputs) {
         let finite = row.iter().all(|x| x.is_finite());
         let largest = row.iter().fold(0f32, |most, x| most.max(x.abs()));
         let some = finite && largest >= 1e-30;
-        let inverse = 127. / largest;
-        let code = |x: &f32| if some { (x * inverse).round_ties_even() as i8 } else { 0 };
+        let inverse = most / largest;
+        let code = |x: &f32| if some { encode(x * inverse) } else { none };
         codes.extend(row.iter().map(code));
         scales.push(match (finite, some) {
             (false, _) => f32::NAN,
-            (true, true) => largest / 127.,
+            (true, true) => largest / most,
             (true, false) => 0.,
         });
     }
@@ -236,7 +295,33 @@ fn multiplied_in_int8(
     all
 }
 
-/// Holds what a product computed to what it should be nearly.
+/// What a product of the e4m3 codes that the rows of `x` become and the weight `w` is in f64, and how far one that is
+/// rounded to `dtype` may be from it: as [`multiplied`] says, and what is lost in the tensor cores. They bring the products of
+/// a step of 32 inputs and the sum so far to one exponent and cut off what is below its 13 bits or so. The largest of
+/// them is far below the sum of all magnitudes; 2^-11 of that is allowed for each step, and three for few inputs.
+fn multiplied_in_fp8(
+    x: &[f32],
+    w: &[f32],
+    bias: Option<&[f32]>,
+    inputs: usize,
+    dtype: DType,
+) -> Vec<(f32, f32)> {
+    let (codes, scales) = quantized_to_fp8(x, inputs);
+    let mut wide = vec![0.; x.len()];
+    fp8::expand(&codes, inputs, &scales, &mut wide);
+    let mut all = multiplied(&wide, w, bias, inputs, dtype);
+    // The same of magnitudes, of which the share is lost.
+    let sizes: Vec<f32> = wide.iter().map(|x| x.abs()).collect();
+    let weights: Vec<f32> = w.iter().map(|w| w.abs()).collect();
+    let most = multiplied(&sizes, &weights, None, inputs, DType::F32);
+    let steps = inputs.div_ceil(32) as f32;
+    for ((_, allowed), (most, _)) in all.iter_mut().zip(most) {
+        *allowed += most * (steps + 3.) * 2f32.powi(-11);
+    }
+    all
+}
+
+/// Holds what a product computed to what it should be nearly. Where that is no number, neither may the other be.
 fn compare_near(
     kernel: &str,
     shape: (usize, usize),
@@ -244,7 +329,10 @@ fn compare_near(
     found: &[f32],
 ) -> Result<()> {
     let near = |(at, &(expected, allowed)): (usize, &(f32, f32))| {
-        found.get(at).filter(|&found| (found - expected).abs() <= allowed).copied()
+        let near = |found: &f32| {
+            (found - expected).abs() <= allowed || found.is_nan() && expected.is_nan()
+        };
+        found.get(at).copied().filter(near)
     };
     let nearest: Vec<f32> = expected.iter().enumerate().map(|e| near(e).unwrap_or(e.1.0)).collect();
     compare(kernel, shape, &nearest, found)
@@ -285,8 +373,15 @@ mod tests {
         let mut weight = vec![bf16::ZERO; codes.len()];
         int8::decode(&codes, inputs, &half, &mut weight);
         let decoded: Vec<f32> = weight.iter().map(|w| w.to_f32()).collect();
-        let twin = expanded(&codes, inputs, &values(outputs, 7, DType::BF16), DType::BF16);
+        let scales = values(outputs, 7, DType::BF16);
+        let twin = expanded(Codes::Int8, &codes, inputs, &scales, DType::BF16);
         assert_eq!(twin, decoded);
+        fp8::decode(&codes, inputs, &half, &mut weight);
+        let bits = |values: &mut dyn Iterator<Item = f32>| -> Vec<u32> {
+            values.map(|v| if v.is_nan() { 1 } else { v.to_bits() }).collect()
+        };
+        let twin = expanded(Codes::Fp8, &codes, inputs, &scales, DType::BF16);
+        assert_eq!(bits(&mut twin.into_iter()), bits(&mut weight.iter().map(|w| w.to_f32())));
 
         let mut y = values(6, 11, DType::F16);
         let bias = values(3, 13, DType::F16);
@@ -332,6 +427,13 @@ mod tests {
         assert!(any(&|r, _, _| r > 128) && any(&|_, o, _| o > 128 && o % 128 != 0));
         assert!(any(&|_, _, i| i > 64 && i % 64 != 0) && any(&|_, _, i| i > 1024 * 32));
         assert!(any(&|_, o, i| o % 8 != 0 && i % 16 == 0) && any(&|_, _, i| i % 16 != 0));
+        // In fp8: the same quantization, and sides of 16 alone.
+        assert!(
+            FP8_ROWS.iter().any(|&(_, _, i)| i > 1024 * 32) && FP8_ROWS.iter().any(|s| s.1 > 1024)
+        );
+        assert!(FP8_ROWS.iter().all(|(_, _, i)| i % 8 == 0));
+        assert!(FP8.iter().all(|(_, o, i)| o % 16 == 0 && i % 16 == 0));
+        assert!(FP8.iter().any(|&(r, _, _)| r == 1) && FP8.iter().any(|&(r, _, _)| r > 256));
     }
 
     #[test]
@@ -350,7 +452,7 @@ mod tests {
         assert_eq!(y[..5], bias);
         assert!(y[5..10].iter().all(|y| y.is_nan()));
 
-        let w = expanded(&of_w, inputs, &scales, DType::F32);
+        let w = expanded(Codes::Int8, &of_w, inputs, &scales, DType::F32);
         let expected = multiplied(&x, &w, Some(&bias), inputs, dtype);
         for row in 2..4 {
             let (of_row, at) = (of_rows[row], row * inputs..(row + 1) * inputs);
@@ -366,6 +468,49 @@ mod tests {
                 assert!(off > 0., "nothing was rounded");
             }
         }
+    }
+
+    #[test]
+    fn products_in_fp8_are_as_near_as_their_codes() {
+        let (inputs, dtype) = (272, DType::BF16);
+        let mut x = values(4 * inputs, 41, dtype);
+        x[..inputs].fill(0.);
+        x[2 * inputs - 1] = f32::NAN;
+        let (codes, of_rows) = quantized_to_fp8(&x, inputs);
+        assert!(codes[..2 * inputs].iter().all(|&code| code == 0));
+        assert!(of_rows[0] == 0. && of_rows[1].is_nan());
+        let (w, bias) = (values(5 * inputs, 43, dtype), values(5, 47, dtype));
+        let y = multiplied_in_fp8(&x, &w, Some(&bias), inputs, dtype);
+        assert!(y[..5].iter().zip(&bias).all(|(y, bias)| y.0 == *bias));
+        assert!(y[5..10].iter().all(|y| y.0.is_nan()));
+        let exact = multiplied(&x, &w, Some(&bias), inputs, dtype);
+        for row in 2..4 {
+            let at = row * inputs..(row + 1) * inputs;
+            assert_eq!(codes[at.clone()].iter().map(|code| code & 0x7f).max(), Some(0x7e));
+            let mut half = Vec::new();
+            for (x, &code) in x[at.clone()].iter().zip(&codes[at]) {
+                let step = (x.abs() / 16.).max(of_rows[row] / 1024.) * 1.0001;
+                let back = fp8::from_e4m3(code) * of_rows[row];
+                assert!((x - back).abs() <= step, "{x} became {back}");
+                half.push(step);
+            }
+            for (output, w) in w.chunks_exact(inputs).enumerate() {
+                let most: f32 = w.iter().zip(&half).map(|(w, half)| w.abs() * half).sum();
+                let off = (y[row * 5 + output].0 - exact[row * 5 + output].0).abs();
+                assert!(off > 0. && off <= most, "off by {off}, {most} is allowed");
+            }
+        }
+        // Another row, and none at all, are far off.
+        let found: Vec<f32> = y.iter().map(|y| y.0).collect();
+        compare_near("p", (4, 5), &y, &found).unwrap();
+        for wrong in [found[10], 0., f32::NAN] {
+            let mut other = found.clone();
+            other[16] = wrong;
+            assert!(compare_near("p", (4, 5), &y, &other).is_err(), "{wrong}");
+        }
+        let mut other = found;
+        other[6] = 1.; // where a NaN belongs
+        assert!(compare_near("p", (4, 5), &y, &other).is_err());
     }
 
     #[test]
@@ -399,8 +544,9 @@ mod tests {
     fn rounding_is_seen() {
         // Data whose results need no rounding would pass a kernel that rounds wrongly.
         for dtype in DTYPES.into_iter().filter(|&dtype| dtype != DType::F32) {
-            let exact = expanded(&codes(1000), 10, &values(100, 7, DType::F32), DType::F32);
-            let rounded = expanded(&codes(1000), 10, &values(100, 7, DType::F32), dtype);
+            let scales = values(100, 7, DType::F32);
+            let exact = expanded(Codes::Int8, &codes(1000), 10, &scales, DType::F32);
+            let rounded = expanded(Codes::Int8, &codes(1000), 10, &scales, dtype);
             assert!(exact.iter().zip(&rounded).filter(|(a, b)| a != b).count() > 900);
             assert!(rounded.iter().all(|v| v.is_finite()));
         }

@@ -4,12 +4,16 @@
 //! is that a linear layer is asked for as a whole, so that the source's number format stays its own
 //! affair, and that rows of several stored tensors can be joined into one product.
 
-use std::{collections::HashMap, fmt, sync::Arc};
+use std::{
+    collections::{HashMap, HashSet},
+    fmt,
+    sync::Arc,
+};
 
 use candle_core::{DType, Device, Tensor};
 use mmgp_io::Dtype;
 
-use crate::{Bias, Error, Linear, Result, Target};
+use crate::{Bias, Codes, Error, Linear, Result, Target};
 
 /// What a source knows about a stored tensor without reading it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -29,10 +33,12 @@ pub enum Form {
     AsStored,
     /// Converted to [`Source::compute_dtype`]: what candle's own operations take.
     Compute,
-    /// The int8 codes that a dense weight is quantized to while it is read, U8 of the same shape.
-    Int8Codes,
+    /// Codes of a byte as they lie in the file, U8: for number formats that candle has no dtype for.
+    Bytes,
+    /// The codes that a dense weight is quantized to while it is read, U8 of the same shape.
+    Codes(Codes),
     /// Their scales, `[outputs, 1]` in the dtype of the weight. Asked for right after the codes.
-    Int8Scales,
+    Scales,
 }
 
 /// One stored tensor, or one of several that are joined along their first dimension.
@@ -60,10 +66,10 @@ pub trait Source: Send + Sync {
     /// A part that is missing, has another shape, or a dtype that `form` cannot be made from.
     fn tensor(&self, parts: &[Part], form: Form) -> Result<Tensor>;
 
-    /// Whether the recipe wants the dense linear weight made of `parts` as int8. A source that says
-    /// so hands out [`Form::Int8Codes`] and [`Form::Int8Scales`] for them.
-    fn quantizes(&self, _parts: &[Part]) -> bool {
-        false
+    /// What the recipe wants the dense linear weight made of `parts` to become, if anything. A source that says
+    /// so hands out [`Form::Codes`] and [`Form::Scales`] for them.
+    fn quantizes(&self, _parts: &[Part]) -> Option<Codes> {
+        None
     }
 
     /// Whether products with int8 weights round `code · scale` to the scale's dtype, as quanto does,
@@ -72,10 +78,10 @@ pub trait Source: Send + Sync {
         false
     }
 
-    /// Whether products with int8 weights may make the rows of their input int8 too, with a scale for each,
-    /// where the device multiplies int8 by int8. Part of the recipe.
-    fn quantizes_activations(&self) -> bool {
-        false
+    /// The codes for which products may make the rows of their input what the weight is, with a scale for each,
+    /// where the device multiplies such codes. Part of the recipe.
+    fn quantizes_activations(&self) -> Option<Codes> {
+        None
     }
 
     /// Where the tensors will live.
@@ -232,6 +238,7 @@ pub fn join_parts(parts: &[Part]) -> Result<Vec<usize>> {
 #[derive(Debug)]
 pub struct MemorySource {
     tensors: HashMap<String, Tensor>,
+    fp8: HashSet<String>,
     device: Device,
     compute: DType,
 }
@@ -240,7 +247,7 @@ impl MemorySource {
     /// An empty source whose tensors live on `device`; activations are f32 on the CPU, else bf16.
     pub fn new(device: &Device) -> Self {
         let compute = if device.is_cpu() { DType::F32 } else { DType::BF16 };
-        Self { tensors: HashMap::new(), device: device.clone(), compute }
+        Self { tensors: HashMap::new(), fp8: HashSet::new(), device: device.clone(), compute }
     }
 
     /// Has activations in `dtype`.
@@ -256,6 +263,14 @@ impl MemorySource {
         self.tensors.insert(name.into(), tensor);
         self
     }
+
+    /// Adds e4m3 codes, U8, under their full name.
+    #[must_use]
+    pub fn with_fp8(mut self, name: impl Into<String>, codes: Tensor) -> Self {
+        let name = name.into();
+        self.fp8.insert(name.clone());
+        self.with(name, codes)
+    }
 }
 
 impl Source for MemorySource {
@@ -266,6 +281,7 @@ impl Source for MemorySource {
             DType::F16 => Dtype::F16,
             DType::F32 => Dtype::F32,
             DType::F64 => Dtype::F64,
+            DType::U8 if self.fp8.contains(name) => Dtype::F8E4M3,
             DType::U8 if name.ends_with("._data") => Dtype::I8,
             DType::U8 => Dtype::U8,
             DType::U32 => Dtype::U32,
@@ -297,9 +313,9 @@ impl Source for MemorySource {
         let joined = if rows.len() == 1 { rows.remove(0) } else { Tensor::cat(&rows, 0)? };
         let joined = joined.contiguous()?;
         Ok(match form {
-            Form::AsStored => joined,
+            Form::AsStored | Form::Bytes => joined,
             Form::Compute => joined.to_dtype(self.compute_dtype())?,
-            Form::Int8Codes | Form::Int8Scales => {
+            Form::Codes(_) | Form::Scales => {
                 return Err(Error::Invalid("memory sources do not quantize".into()));
             }
         })

@@ -10,7 +10,7 @@ use candle_core::{
     CpuStorage, CudaStorage, D, DType, Device, InplaceOp1, Layout, Tensor, backend::BackendDevice,
 };
 use mmgp_quant::{
-    Band, Bias, Form, Int8Kernel, Linear, MemorySource, Part, Source, Stored, Weights,
+    Band, Bias, Codes, Form, Int8Kernel, Linear, MemorySource, Part, Source, Stored, Weights,
     add_low_rank, w8a8, w8a8_by,
 };
 
@@ -63,8 +63,8 @@ impl Source for In {
         }
     }
 
-    fn quantizes_activations(&self) -> bool {
-        self.activations
+    fn quantizes_activations(&self) -> Option<Codes> {
+        self.activations.then_some(Codes::Int8)
     }
 
     fn device(&self) -> &Device {

@@ -4,7 +4,7 @@
 #![allow(clippy::unwrap_used)] // tests may panic
 
 use candle_core::CudaDevice;
-use mmgp_quant::{Card, kernel_images, self_test};
+use mmgp_quant::{Card, fp8_multiplies, kernel_images, self_test, self_test_fp8};
 
 #[test]
 fn cuda_kernels_equal_their_twins() {
@@ -12,9 +12,15 @@ fn cuda_kernels_equal_their_twins() {
     assert!(!card.name.is_empty());
     let device = CudaDevice::new_with_stream(0).unwrap();
     self_test(&device).unwrap();
+    if fp8_multiplies(&device).unwrap() {
+        self_test_fp8(&device).unwrap();
+    }
     // SAFETY: one stream only.
     unsafe { device.disable_event_tracking() };
     self_test(&device).unwrap();
+    if fp8_multiplies(&device).unwrap() {
+        self_test_fp8(&device).unwrap();
+    }
 }
 
 #[test]

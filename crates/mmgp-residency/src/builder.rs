@@ -12,7 +12,7 @@ use std::{
 use candle_core::{DType, Device as Candle, Shape, Tensor};
 use candle_nn::{Init, VarBuilder, var_builder::SimpleBackend};
 use mmgp_io::{Checkpoint, Dtype, TensorView};
-use mmgp_quant::{Form, Part, QuantPolicy, Source, Stored, Target, Weights, join_parts};
+use mmgp_quant::{Codes, Form, Part, QuantPolicy, Source, Stored, Target, Weights, join_parts};
 
 use crate::{
     BlockImage, BlockTarget, Digest, Error, Expected, ImageTensor, Making, Paged, Pager, Result,
@@ -65,7 +65,7 @@ impl ModelBuilder {
             requested: Mutex::default(),
             policy: Mutex::default(),
             rounds_int8: AtomicBool::default(),
-            quantizes_activations: AtomicBool::default(),
+            activations: Mutex::default(),
         };
         Self {
             pager: pager.clone(),
@@ -95,7 +95,7 @@ impl ModelBuilder {
         self.weights(block).pp(path)
     }
 
-    /// Makes linear weights int8 while they are read, as `policy` says; for modules that are built
+    /// Makes linear weights int8 or fp8 while they are read, as `policy` says; for modules that are built
     /// from here on. A checkpoint that holds quantized weights is left as it is.
     pub fn quantize(&mut self, policy: QuantPolicy) {
         if let Origin::Files(checkpoint) = &self.shared.origin
@@ -114,10 +114,10 @@ impl ModelBuilder {
         self.shared.rounds_int8.store(true, Ordering::Relaxed);
     }
 
-    /// Lets products with int8 weights make the rows of their input int8 too, on GPUs and for modules that are built
-    /// from here on: faster, and less exact.
-    pub fn quantize_activations(&mut self) {
-        self.shared.quantizes_activations.store(true, Ordering::Relaxed);
+    /// Lets products with weights of these codes make the rows of their input such codes too, on GPUs that multiply
+    /// them and for modules that are built from here on: faster, and less exact.
+    pub fn quantize_activations(&mut self, codes: Codes) {
+        *self.shared.activations.lock() = Some(codes);
     }
 
     /// The digests that the blocks must have when they are first read, the stem's first, as
@@ -274,7 +274,7 @@ struct Shared {
     requested: Mutex<Vec<(String, Vec<usize>)>>,
     policy: Mutex<Option<QuantPolicy>>,
     rounds_int8: AtomicBool,
-    quantizes_activations: AtomicBool,
+    activations: Mutex<Option<Codes>>,
 }
 
 #[derive(Default)]
@@ -301,7 +301,7 @@ impl Draft {
     /// Puts the small tensors behind the large ones, each in the order of asking, so that a device can
     /// bring all small ones in one copy. Codes and their scales stay together.
     fn large_first(&mut self) {
-        let paired = |making| matches!(making, Making::Int8Codes | Making::Int8Scales);
+        let paired = |making| matches!(making, Making::Codes(_) | Making::Scales);
         let small = |t: &ImageTensor| t.bytes() < LARGE && !paired(t.making);
         let (tensors, placeholders) =
             (std::mem::take(&mut self.tensors), std::mem::take(&mut self.placeholders));
@@ -309,6 +309,11 @@ impl Draft {
             tensors.into_iter().zip(placeholders).partition(|(tensor, _)| small(tensor));
         (self.tensors, self.placeholders) = front.into_iter().chain(behind).unzip();
     }
+}
+
+/// Whether a number of this dtype takes a byte, which its format reads.
+fn is_byte(stored: Dtype) -> bool {
+    matches!(stored, Dtype::U8 | Dtype::I8 | Dtype::F8E4M3)
 }
 
 /// The source that one block's constructor sees.
@@ -324,17 +329,26 @@ impl BlockSource {
         for part in parts {
             let stored = self.expect(part)?;
             let travels = self.shared.pager.device().travels_as(stored);
-            let converts = matches!(stored, Dtype::BF16 | Dtype::F16 | Dtype::F32 | Dtype::F64);
+            let dense = matches!(stored, Dtype::BF16 | Dtype::F16 | Dtype::F32 | Dtype::F64);
+            let converts = match form {
+                Form::AsStored | Form::Compute => dense || stored == Dtype::F8E4M3,
+                Form::Bytes => false,
+                Form::Codes(_) | Form::Scales => dense,
+            };
             match (form, travels) {
-                (Form::AsStored | Form::Int8Scales, Some(dtype)) => dtypes.push(dtype),
-                (Form::Int8Codes, _) if converts => dtypes.push(DType::U8),
+                (Form::AsStored | Form::Scales, Some(dtype)) => dtypes.push(dtype),
+                (Form::Bytes, _) if is_byte(stored) => dtypes.push(DType::U8),
+                (Form::Codes(_), _) if converts => dtypes.push(DType::U8),
                 _ if converts => dtypes.push(self.shared.compute),
                 _ => {
                     return Err(mmgp_quant::Error::Format {
                         origin: self.shared.origin.file_of(&part.name),
                         name: part.name.clone(),
                         found: stored,
-                        expected: "BF16, F16, F32 or F64",
+                        expected: match form {
+                            Form::Bytes => "I8, U8 or F8_E4M3",
+                            _ => "BF16, F16, F32, F64 or F8_E4M3",
+                        },
                     });
                 }
             }
@@ -364,7 +378,7 @@ impl BlockSource {
 
     fn request(&self, parts: &[Part], dtype: DType, making: Making) -> mmgp_quant::Result<Tensor> {
         let mut shape = join_parts(parts)?;
-        if making == Making::Int8Scales {
+        if making == Making::Scales {
             shape.truncate(1);
             shape.push(1);
         }
@@ -387,7 +401,7 @@ impl BlockSource {
         let mut segments = Vec::with_capacity(parts.len());
         for part in parts {
             self.expect(part)?;
-            if making != Making::Int8Scales {
+            if making != Making::Scales {
                 self.shared.requested.lock().push((part.name.clone(), part.shape.clone()));
             }
             if let Some(view) = self.shared.origin.view(&part.name) {
@@ -426,29 +440,30 @@ impl Source for BlockSource {
             _ => self.slot_dtype(parts, form)?,
         };
         let making = match form {
-            Form::AsStored | Form::Compute => Making::Values,
-            Form::Int8Codes => Making::Int8Codes,
-            Form::Int8Scales => Making::Int8Scales,
+            Form::AsStored | Form::Bytes | Form::Compute => Making::Values,
+            Form::Codes(codes) => Making::Codes(codes),
+            Form::Scales => Making::Scales,
         };
         self.request(parts, dtype, making)
     }
 
-    fn quantizes(&self, parts: &[Part]) -> bool {
+    fn quantizes(&self, parts: &[Part]) -> Option<Codes> {
         let dense = |part: &Part| {
             let stored = self.stored(&part.name).map(|stored| stored.dtype);
             matches!(stored, Some(Dtype::BF16 | Dtype::F16 | Dtype::F32))
         };
         let policy = self.shared.policy.lock();
-        let wanted = |policy: &QuantPolicy| !parts.iter().any(|p| policy.excludes(&p.name));
-        self.block != 0 && policy.as_ref().is_some_and(wanted) && parts.iter().all(dense)
+        let policy = policy.as_ref().filter(|_| self.block != 0)?;
+        let wanted = !parts.iter().any(|p| policy.excludes(&p.name)) && parts.iter().all(dense);
+        wanted.then(|| policy.codes())
     }
 
     fn rounds_int8(&self) -> bool {
         self.shared.rounds_int8.load(Ordering::Relaxed)
     }
 
-    fn quantizes_activations(&self) -> bool {
-        self.shared.quantizes_activations.load(Ordering::Relaxed)
+    fn quantizes_activations(&self) -> Option<Codes> {
+        *self.shared.activations.lock()
     }
 
     fn device(&self) -> &Candle {

@@ -11,6 +11,7 @@ use std::{
 
 use candle_core::DType;
 use mmgp_io::TensorView;
+use mmgp_quant::Codes;
 
 use crate::sync::Mutex;
 
@@ -56,10 +57,10 @@ pub enum Making {
     /// The values, converted where the dtypes differ.
     #[default]
     Values,
-    /// The int8 codes of a dense weight. The next tensor of the image holds their scales.
-    Int8Codes,
+    /// The codes of a dense weight. The next tensor of the image holds their scales.
+    Codes(Codes),
     /// The scales of the codes before it, made with them: nothing is read for it alone.
-    Int8Scales,
+    Scales,
 }
 
 /// One tensor of a block as it lies in a slot.
@@ -169,7 +170,7 @@ impl BlockImage {
             tensor.offset = bytes;
             bytes += tensor.bytes().next_multiple_of(ALIGN);
         }
-        let read = tensors.iter().filter(|t| t.making != Making::Int8Scales);
+        let read = tensors.iter().filter(|t| t.making != Making::Scales);
         let stored = read.flat_map(|t| &t.segments).map(|s| s.source.len()).sum();
         Self { name, tensors, bytes, stored, expected: None, kept: Kept::default() }
     }

@@ -2,7 +2,11 @@
 
 use std::{cmp::Reverse, fmt, time::Duration};
 
-use crate::{Bytes, pager::NewBlock};
+use candle_core::DType;
+use mmgp_io::Dtype;
+use mmgp_quant::Codes;
+
+use crate::{Bytes, Making, pager::NewBlock};
 
 /// What one model needed.
 #[derive(Clone, Debug)]
@@ -15,7 +19,7 @@ pub struct ModelReport {
     pub weights: Bytes,
     /// Of them, what was attached, such as adapters.
     pub attached: Bytes,
-    /// The dtypes in slots, the larger share first.
+    /// The dtypes in slots, the larger share first; codes of int8 are `u8`, those of e4m3 `fp8`.
     pub form: String,
     /// What the plan let it hold.
     pub limit: Bytes,
@@ -166,11 +170,14 @@ pub fn process_peak() -> Option<Bytes> {
     Some(Bytes(kib * 1024))
 }
 
-/// The dtypes of a model's slots, the larger share first.
+/// The dtypes of a model's slots, the larger share first; e4m3, which travels as bytes, is `fp8`.
 pub(crate) fn form(blocks: &[NewBlock]) -> String {
     let mut sizes: Vec<(u64, &'static str)> = Vec::new();
     for tensor in blocks.iter().flat_map(|b| &b.image.tensors) {
-        let dtype = tensor.dtype.as_str();
+        let fp8 = tensor.making == Making::Codes(Codes::Fp8)
+            || tensor.dtype == DType::U8
+                && tensor.segments.iter().any(|s| s.source.dtype() == Dtype::F8E4M3);
+        let dtype = if fp8 { Codes::Fp8.name() } else { tensor.dtype.as_str() };
         match sizes.iter_mut().find(|(_, name)| *name == dtype) {
             Some((bytes, _)) => *bytes += tensor.bytes(),
             None => sizes.push((tensor.bytes(), dtype)),

@@ -1,5 +1,5 @@
 //! Writing a model as one file in streaming order: block by block, so that a block's image is one
-//! range of the file, with weights as they travel, dense or int8.
+//! range of the file, with weights as they travel, dense, int8 or fp8.
 //!
 //! Within a block stand weights or codes first, those that one product reads side by side, then
 //! scales, then the rest. The format allows no gaps, so tensors whose size is no multiple of 256
@@ -14,7 +14,7 @@ use std::{
 use crossbeam_channel::Sender;
 use half::{bf16, f16};
 use mmgp_io::{Dtype, Overwrite, TensorSpec, TensorView, Writer, base64_json};
-use mmgp_quant::Real;
+use mmgp_quant::{Codes, Real};
 use serde_json::{Map, Value, json};
 
 use crate::{ALIGN, BlockImage, Bytes, Error, Making, Pager, Result};
@@ -36,7 +36,7 @@ pub struct Saved {
     pub tensors: usize,
     /// Their bytes.
     pub bytes: Bytes,
-    /// Linear layers whose weight is int8 in the file.
+    /// Linear layers whose weight is int8 or fp8 in the file.
     pub quantized: usize,
 }
 
@@ -51,8 +51,8 @@ struct Item {
 enum From {
     /// The stored bytes.
     View(TensorView),
-    /// The int8 codes of a dense weight; leaves its scales.
-    Codes(TensorView),
+    /// The codes of a dense weight; leaves its scales.
+    Codes(Codes, TensorView),
     /// The scales of the weight of this name, left by its codes.
     Scales(String),
     /// The number one.
@@ -60,9 +60,9 @@ enum From {
 }
 
 impl Pager {
-    /// Writes the weights that the model `model` uses, those that its builder quantizes as int8, to
+    /// Writes the weights that the model `model` uses, those that its builder quantizes so, to
     /// the file `path`: complete and synced, or not at all. `metadata` goes into the header beside
-    /// `format` and, if anything is int8, `quantization_format` and `quantization_map_base64`.
+    /// `format` and, if anything is int8 or fp8 with scales, `quantization_format` and `quantization_map_base64`.
     ///
     /// No more than a few pieces of tensors are in memory. What is attached to the model is not written.
     ///
@@ -113,17 +113,21 @@ impl Pager {
 /// What a block becomes in the file, in the order in which its module asked.
 fn items_of(image: &BlockImage) -> Vec<Item> {
     let mut items = Vec::new();
-    for tensor in image.tensors.iter().filter(|t| t.making != Making::Int8Scales) {
+    for tensor in image.tensors.iter().filter(|t| t.making != Making::Scales) {
         for view in tensor.segments.iter().map(|segment| &segment.source) {
             let (name, shape) = (view.name(), view.shape());
             let mut push = |name: String, dtype, shape: Vec<usize>, from, class| {
                 items.push(Item { spec: TensorSpec::new(name, dtype, shape), from, class });
             };
             let layer = match tensor.making {
-                Making::Int8Codes => {
+                Making::Codes(to) => {
                     let rows = shape.first().copied().unwrap_or(0);
-                    let codes = From::Codes(view.clone());
-                    push(format!("{name}{CODES}"), Dtype::I8, shape.to_vec(), codes, 0);
+                    let codes = From::Codes(to, view.clone());
+                    let dtype = match to {
+                        Codes::Int8 => Dtype::I8,
+                        Codes::Fp8 => Dtype::F8E4M3,
+                    };
+                    push(format!("{name}{CODES}"), dtype, shape.to_vec(), codes, 0);
                     let scales = From::Scales(name.into());
                     push(format!("{name}{SCALES}"), view.dtype(), vec![rows, 1], scales, 1);
                     Some((name.strip_suffix(".weight").unwrap_or(name), view.dtype()))
@@ -175,12 +179,16 @@ fn in_order(blocks: Vec<Vec<Item>>) -> Vec<Item> {
     front
 }
 
-/// quanto's quantization map: the layers whose weights are int8.
+/// quanto's quantization map: the layers whose weights are int8 or fp8.
 fn map_of(items: &[Item]) -> Map<String, Value> {
     let layer = |item: &Item| {
-        let int8 = item.spec.dtype == Dtype::I8;
-        let name = item.spec.name.strip_suffix(".weight._data").filter(|_| int8)?;
-        Some((name.to_string(), json!({ "weights": "qint8", "activations": "none" })))
+        let weights = match item.spec.dtype {
+            Dtype::I8 => "qint8",
+            Dtype::F8E4M3 => "qfloat8_e4m3fn",
+            _ => return None,
+        };
+        let name = item.spec.name.strip_suffix(".weight._data")?;
+        Some((name.to_string(), json!({ "weights": weights, "activations": "none" })))
     };
     items.iter().filter_map(layer).collect()
 }
@@ -196,11 +204,11 @@ fn make<'a>(items: &'a [Item], pieces: &Sender<Piece<'a>>) -> Result<()> {
         let mut send = |piece| pieces.send((item, piece)).is_ok();
         let taken = match &item.from {
             From::View(view) => copy(view, &mut send)?,
-            From::Codes(view) => {
+            From::Codes(to, view) => {
                 let (taken, scale) = match view.dtype() {
-                    Dtype::BF16 => codes::<bf16>(view, &mut send)?,
-                    Dtype::F16 => codes::<f16>(view, &mut send)?,
-                    _ => codes::<f32>(view, &mut send)?,
+                    Dtype::BF16 => codes::<bf16>(*to, view, &mut send)?,
+                    Dtype::F16 => codes::<f16>(*to, view, &mut send)?,
+                    _ => codes::<f32>(*to, view, &mut send)?,
                 };
                 scales.insert(view.name(), scale);
                 taken
@@ -231,6 +239,7 @@ fn copy(view: &TensorView, send: &mut impl FnMut(Vec<u8>) -> bool) -> Result<boo
 
 /// Quantizes rows on all cores and sends their codes; whether all were taken, and the scales' bytes.
 fn codes<T: Real + bytemuck::Pod>(
+    to: Codes,
     view: &TensorView,
     send: &mut impl FnMut(Vec<u8>) -> bool,
 ) -> Result<(bool, Vec<u8>)> {
@@ -243,7 +252,7 @@ fn codes<T: Real + bytemuck::Pod>(
         let offset = (first * inputs * size_of::<T>()) as u64;
         view.read_into(offset, bytemuck::cast_slice_mut(weight))?;
         let (mut codes, scales) = (vec![0; count * inputs], &mut scales[first..first + count]);
-        mmgp_quant::quantize(weight, inputs, &mut codes, scales)
+        to.quantize(weight, inputs, &mut codes, scales)
             .map_err(|fault| Error::not_finite(view, first + fault.row, fault.column))?;
         if !send(codes) {
             return Ok((false, Vec::new()));

@@ -1,4 +1,4 @@
-//! Converting a pipeline: its models in streaming order, one file each, dense or int8.
+//! Converting a pipeline: its models in streaming order, one file each, dense, int8 or fp8.
 
 use std::{
     collections::BTreeMap,
@@ -24,7 +24,7 @@ pub struct Converted {
 
 impl Offload {
     /// Writes the pipeline in `from` to the folder `to`: models of blocks as one file each in streaming
-    /// order, those that the settings quantize as int8; all other files as they are. A folder gets its
+    /// order, those that the settings quantize as int8 or fp8; all other files as they are. A folder gets its
     /// `model_index.json` last, so what is not complete is no pipeline. `tell` hears of each model.
     ///
     /// Nothing is held but a piece of one tensor. A process that is killed leaves each file as it was

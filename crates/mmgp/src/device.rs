@@ -34,7 +34,7 @@ pub(crate) struct GpuUse {
     pub(crate) locked_share: Option<f64>,
     /// Whether computing waits for each copy.
     pub(crate) synchronous: bool,
-    /// What products with int8 weights take of their input.
+    /// What products with int8 or fp8 weights take of their input.
     pub(crate) activations: Activations,
 }
 
@@ -51,21 +51,23 @@ impl DeviceChoice {
     /// Opens the device.
     pub(crate) fn open(self, gpu: &GpuUse) -> mmgp_residency::Result<Opened> {
         let limited = gpu.vram_limit.is_some() || gpu.link_limit.is_some();
-        let int8 = gpu.activations == Activations::Int8;
+        let codes = gpu.activations.codes();
         match self {
             Self::Cpu if limited => {
                 Err(Error::Device("a limit on VRAM or on the link needs a GPU".into()))
             }
-            Self::Cpu if int8 => Err(Error::Device("int8 activations need a GPU".into())),
-            Self::Cpu => cpu(),
+            Self::Cpu => match codes {
+                Some(codes) => Err(Error::Device(format!("{codes} activations need a GPU"))),
+                None => cpu(),
+            },
             Self::Cuda(ordinal) => cuda(ordinal, gpu),
             Self::Auto => cuda(0, gpu).or_else(|error| {
                 use mmgp_residency::Error::Quant;
                 if limited {
                     return Err(error); // whoever limits a GPU means one
                 }
-                if int8 {
-                    return Err(Error::Device(format!("int8 activations need a GPU: {error}")));
+                if let Some(codes) = codes {
+                    return Err(Error::Device(format!("{codes} activations need a GPU: {error}")));
                 }
                 match &error {
                     Quant(e) if matches!(**e, mmgp_quant::Error::Kernel { .. }) => {
@@ -120,7 +122,7 @@ fn cuda(ordinal: usize, gpu: &GpuUse) -> mmgp_residency::Result<Opened> {
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
     let driver = crate::tested::driver_in(&maps);
     if let Device::Cuda(device) = cuda.candle() {
-        enable_tested(cuda.candle(), device, &card, driver.as_deref())?;
+        enable_tested(cuda.candle(), device, &card, driver.as_deref(), gpu.activations)?;
     }
     let machine = driver.map(|driver| format!("{card}, {driver}, {}", host()));
     Ok(Opened { pager: Pager::over(cuda)?, machine })
@@ -134,6 +136,7 @@ fn enable_tested(
     device: &CudaDevice,
     card: &str,
     driver: Option<&str>,
+    activations: Activations,
 ) -> mmgp_residency::Result<()> {
     use mmgp_models::nn::cuda as nn;
     let library = mmgp_quant::product_library().to_le_bytes();
@@ -151,7 +154,21 @@ fn enable_tested(
         }
         Ok(())
     };
-    nn::disable(device); // whatever this process had decided before
+    // Whatever this process had decided before.
+    mmgp_quant::disable_fp8(device);
+    nn::disable(device);
+    if activations == Activations::Fp8 {
+        if mmgp_quant::fp8_multiplies(device)? {
+            let tested = [b"fp8", w8a8, &library[..]];
+            let (test, enable) = (mmgp_quant::self_test_fp8, mmgp_quant::enable_fp8);
+            optional("products in fp8", &tested, test, enable)?;
+        } else {
+            tracing::warn!(
+                "fp8 activations do nothing on {card}: products of fp8 with a scale for each row need compute \
+                 capability 9.0; weights are expanded before each product"
+            );
+        }
+    }
     let kernels = nn::kernel_image();
     optional("fused kernels", &[kernels], nn::self_test, nn::enable)?;
     if !nn::enabled(device) {
@@ -279,10 +296,13 @@ mod tests {
         assert!(pager(DeviceChoice::Auto, &limited).is_err());
         assert!(pager(DeviceChoice::Cpu, &limited).is_err());
         // Nor is what only a GPU computes.
-        let int8 = GpuUse { activations: Activations::Int8, ..any };
-        for choice in [DeviceChoice::Auto, DeviceChoice::Cpu] {
-            let error = pager(choice, &int8).err().unwrap_or_default();
-            assert!(error.contains("int8 activations need a GPU"), "{choice}: {error}");
+        for (activations, name) in [(Activations::Int8, "int8"), (Activations::Fp8, "fp8")] {
+            let gpu = GpuUse { activations, ..GpuUse::default() };
+            for choice in [DeviceChoice::Auto, DeviceChoice::Cpu] {
+                let error = pager(choice, &gpu).err().unwrap_or_default();
+                let expected = format!("{name} activations need a GPU");
+                assert!(error.contains(&expected), "{choice}: {error}");
+            }
         }
     }
 }

@@ -14,7 +14,8 @@ use mmgp_models::{
     Activations, Event, Latents, ModelIndex, OpenOptions, Output, Picture, Pipeline, Replaced,
     Request, open_pipeline,
 };
-use mmgp_profiles::{Profile, Settings, Switch};
+use mmgp_profiles::{Profile, QuantizationType, Settings, Switch};
+use mmgp_quant::Codes;
 use mmgp_residency::{
     Budget, Budgets, Bytes, Forecast, ModelBuilder, Paged, Pager, Plan, Report, check_pageable,
 };
@@ -86,8 +87,9 @@ impl OffloadBuilder {
         self
     }
 
-    /// What products with int8 weights take of their input. [`Activations::Int8`] is faster on GPUs that multiply
-    /// int8 by int8, with an error of about 1.2 % in each product of normal values, and needs a GPU.
+    /// What products with int8 or fp8 weights take of their input. [`Activations::Int8`] is faster on GPUs that multiply
+    /// int8 by int8, with an error of about 1.2 % in each product of normal values, [`Activations::Fp8`] on those of
+    /// compute capability 9.0, with one of about 3.7 %. Both need a GPU.
     #[must_use]
     pub fn activations(mut self, activations: Activations) -> Self {
         self.gpu.activations = activations;
@@ -179,6 +181,10 @@ impl Offload {
         let quantize = self.settings.models_to_quantize(&classes)?;
         let options = OpenOptions {
             quantize: quantize.into_iter().map(String::from).collect(),
+            codes: match self.settings.quantization_type.get() {
+                QuantizationType::Qfloat8 => Codes::Fp8,
+                _ => Codes::Int8,
+            },
             exclude: self.settings.quantize_exclude.get().clone(),
             activations: self.activations,
             replaced: Vec::new(),
@@ -203,7 +209,7 @@ impl Offload {
         let weights = OpenOptions { activations: Activations::default(), ..options.clone() };
         let pipeline = open_pipeline(dir, &making, &weights)?;
         let sizes = making.plan(Budget::Min)?;
-        let mut recipe = format!("int8 but {:?}", options.exclude);
+        let mut recipe = format!("{} but {:?}", options.codes, options.exclude);
         // Digests are of blocks as they lie in slots, where norms and biases have the compute dtype.
         let compute = self.pager.device().compute_dtype();
         if compute != DType::F32 {

@@ -36,7 +36,7 @@ struct Subject {
     blocks: Vec<(String, u64)>,
     /// The dtypes in slots, and the bytes in files.
     form: (String, u64),
-    /// The dtype of activations, and what products with int8 weights make of them.
+    /// The dtype of activations, and what products with int8 or fp8 weights make of them.
     compute: String,
     width: usize,
     height: usize,
@@ -136,9 +136,9 @@ impl Times {
             model: model.into(),
             blocks: blocks.into_iter().map(|(name, Bytes(bytes))| (name, bytes)).collect(),
             form: (about.form, about.disk.0),
-            compute: match (pager.device().compute_dtype(), self.activations) {
-                (dtype, Activations::AsTheyAre) => format!("{dtype:?}"),
-                (dtype, Activations::Int8) => format!("{dtype:?}, int8 in products"),
+            compute: match (pager.device().compute_dtype(), self.activations.codes()) {
+                (dtype, None) => format!("{dtype:?}"),
+                (dtype, Some(codes)) => format!("{dtype:?}, {codes} in products"),
             },
             width: *width,
             height: *height,

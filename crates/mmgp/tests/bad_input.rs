@@ -219,7 +219,13 @@ fn requests_that_cannot_be_drawn() {
 }
 
 #[test]
-fn int8_activations_on_the_cpu() {
-    let options = ["--int8-activations", "--quantize", "int8", "--store", "off", "--device", "cpu"];
-    refused(|_| {}, &options, &["int8 activations need a GPU"]);
+fn quantized_activations_on_the_cpu() {
+    for codes in ["int8", "fp8"] {
+        let activations = format!("--{codes}-activations");
+        let options = [&activations, "--quantize", codes, "--store", "off", "--device", "cpu"];
+        refused(|_| {}, &options, &[&format!("{codes} activations need a GPU")]);
+    }
+    let both = ["--int8-activations", "--fp8-activations"];
+    refused(|_| {}, &both, &["cannot be used with"]);
+    refused(|_| {}, &["--quantize", "int8,fp8"], &["int8 or fp8, not both"]);
 }

@@ -35,9 +35,11 @@ fn a_converted_pipeline_draws_what_the_original_draws() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();
     let lora = format!("{}:0.7", demo().join("../tiny-flux-lora/riso.safetensors").display());
-    for (to, quantize) in
-        [("dense", &[][..]), ("int8", &["--quantize", "transformer,text_encoder_2"])]
-    {
+    for (to, quantize) in [
+        ("dense", &[][..]),
+        ("int8", &["--quantize", "transformer,text_encoder_2"]),
+        ("fp8", &["--quantize", "fp8,text_encoder_2"]),
+    ] {
         let run = convert(dir, to, quantize);
         assert_eq!(run.code, Some(0), "{}", run.stderr);
         for more in [&[][..], &["--lora", &lora]] {

@@ -8,7 +8,7 @@ use half::{bf16, f16};
 use mmgp_io::Dtype;
 
 use crate::{
-    Error, Form, Format, Part, QuantTensor, Result, Weights,
+    Error, Form, Format, Part, QuantTensor, Result, Source, Weights,
     kernels::cpu::{Rows, product_nt},
 };
 
@@ -25,21 +25,27 @@ impl Format for Dense {
     }
 
     fn open(&self, weights: &Weights, parts: &[Part]) -> Result<Box<dyn QuantTensor>> {
-        for part in parts {
-            if let Some(stored) = weights.source().stored(&part.name)
-                && !matches!(stored.dtype, Dtype::BF16 | Dtype::F16 | Dtype::F32)
-            {
-                return Err(Error::Format {
-                    origin: stored.origin,
-                    name: part.name.clone(),
-                    found: stored.dtype,
-                    expected: "BF16, F16 or F32",
-                });
-            }
-        }
+        floating(weights.source(), parts)?;
         let form = if weights.device().is_cpu() { Form::AsStored } else { Form::Compute };
         Ok(Box::new(DenseWeight(weights.source().tensor(parts, form)?)))
     }
+}
+
+/// Whether those of `parts` that are stored are of a dtype that is computed on.
+pub(super) fn floating(source: &dyn Source, parts: &[Part]) -> Result<()> {
+    for part in parts {
+        if let Some(stored) = source.stored(&part.name)
+            && !matches!(stored.dtype, Dtype::BF16 | Dtype::F16 | Dtype::F32)
+        {
+            return Err(Error::Format {
+                origin: stored.origin,
+                name: part.name.clone(),
+                found: stored.dtype,
+                expected: "BF16, F16 or F32",
+            });
+        }
+    }
+    Ok(())
 }
 
 struct DenseWeight(Tensor);

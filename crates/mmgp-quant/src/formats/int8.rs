@@ -14,9 +14,9 @@ use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Layout, Shape, Tensor
 use half::{bf16, f16};
 use mmgp_io::Dtype;
 
-use super::dense::{product, product_on_device, slice};
+use super::dense::{floating, product, product_on_device, slice};
 use crate::{
-    Error, Form, Format, Part, QuantTensor, Result, Source, Weights,
+    Codes, Form, Format, Part, QuantTensor, Result, Source, Weights,
     kernels::{
         cpu::{Rounding, Rows},
         int8,
@@ -31,7 +31,8 @@ impl Int8 {
     const SCALES: &str = "_scale";
 }
 
-fn of(parts: &[Part], leaf: &str, inputs: Option<usize>) -> Vec<Part> {
+/// The parts called `leaf` behind those of the weight, as wide as said, or of one column.
+pub(super) fn of(parts: &[Part], leaf: &str, inputs: Option<usize>) -> Vec<Part> {
     let shape = |part: &Part| vec![part.shape[0], inputs.unwrap_or(1)];
     parts.iter().map(|p| Part { name: format!("{}.{leaf}", p.name), shape: shape(p) }).collect()
 }
@@ -46,30 +47,19 @@ impl Format for Int8 {
             let stored = weights.source().stored(&format!("{}.{}", part.name, Self::CODES));
             stored.is_some_and(|s| s.dtype == Dtype::I8)
         };
-        parts.iter().all(codes) || weights.source().quantizes(parts)
+        parts.iter().all(codes) || weights.source().quantizes(parts) == Some(Codes::Int8)
     }
 
     fn open(&self, weights: &Weights, parts: &[Part]) -> Result<Box<dyn QuantTensor>> {
         let source = weights.source();
-        if source.quantizes(parts) {
-            let codes = source.tensor(parts, Form::Int8Codes)?;
-            let scales = source.tensor(parts, Form::Int8Scales)?;
+        if source.quantizes(parts) == Some(Codes::Int8) {
+            let codes = source.tensor(parts, Form::Codes(Codes::Int8))?;
+            let scales = source.tensor(parts, Form::Scales)?;
             return Ok(Box::new(Int8Weight::new(codes, scales, source)));
         }
         let inputs = parts.first().and_then(|p| p.shape.get(1)).copied();
         let scales = of(parts, Self::SCALES, None);
-        for part in &scales {
-            if let Some(stored) = source.stored(&part.name)
-                && !matches!(stored.dtype, Dtype::BF16 | Dtype::F16 | Dtype::F32)
-            {
-                return Err(Error::Format {
-                    origin: stored.origin,
-                    name: part.name.clone(),
-                    found: stored.dtype,
-                    expected: "BF16, F16 or F32",
-                });
-            }
-        }
+        floating(source, &scales)?;
         let codes = source.tensor(&of(parts, Self::CODES, inputs), Form::AsStored)?;
         let scales = source.tensor(&scales, Form::AsStored)?;
         Ok(Box::new(Int8Weight::new(codes, scales, source)))
@@ -118,7 +108,8 @@ impl QuantTensor for Int8Weight {
 
 impl Int8Weight {
     fn new(codes: Tensor, scales: Tensor, source: &dyn Source) -> Self {
-        let (rounded, activations) = (source.rounds_int8(), source.quantizes_activations());
+        let rounded = source.rounds_int8();
+        let activations = source.quantizes_activations() == Some(Codes::Int8);
         Self { codes, scales, rounded, activations }
     }
 
@@ -131,12 +122,12 @@ impl Int8Weight {
 }
 
 /// The scales as f32.
-fn widened(storage: &CpuStorage, layout: &Layout) -> candle_core::Result<Vec<f32>> {
+pub(super) fn widened(storage: &CpuStorage, layout: &Layout) -> candle_core::Result<Vec<f32>> {
     Ok(match storage {
         CpuStorage::BF16(_) => slice::<bf16>(storage, layout)?.iter().map(|s| s.to_f32()).collect(),
         CpuStorage::F16(_) => slice::<f16>(storage, layout)?.iter().map(|s| s.to_f32()).collect(),
         CpuStorage::F32(_) => slice::<f32>(storage, layout)?.to_vec(),
-        _ => candle_core::bail!("int8: the scales are not leased, or of another dtype"),
+        _ => candle_core::bail!("linear: the scales are not leased, or of another dtype"),
     })
 }
 
@@ -220,6 +211,6 @@ impl CustomOp2 for Decode {
         scales: &CudaStorage,
         ls: &Layout,
     ) -> candle_core::Result<(CudaStorage, Shape)> {
-        crate::kernels::cuda::expand((codes, lc), (scales, ls), self.dtype)
+        crate::kernels::cuda::expand(Codes::Int8, (codes, lc), Some((scales, ls)), self.dtype)
     }
 }

@@ -1,6 +1,6 @@
 //! The CPU product over weights in the form that travels.
 //!
-//! 64 rows of the weight at a time are widened (int8 codes: multiplied by their scale) into an f32 scratch of the thread and multiplied
+//! 64 rows of the weight at a time are widened (codes: multiplied by their scale) into an f32 scratch of the thread and multiplied
 //! there; the scratch stays in the cache, so that a bf16 weight costs half the memory traffic of an
 //! f32 one. Tiles are the unit of work and never depend on the number of threads: neither do the
 //! bits of the result.
@@ -8,7 +8,7 @@
 use half::{bf16, f16, slice::HalfFloatSliceExt};
 use rayon::prelude::*;
 
-use super::int8;
+use super::{fp8, int8};
 
 /// Rows of a weight `[n, k]`, contiguous.
 #[derive(Clone, Copy)]
@@ -23,6 +23,11 @@ pub(crate) enum Rows<'a> {
         /// What `code · scale` is rounded to before it is multiplied.
         rounding: Rounding,
     },
+    Fp8 {
+        codes: &'a [u8],
+        /// One per row.
+        scales: &'a [f32],
+    },
 }
 
 impl Rows<'_> {
@@ -31,7 +36,7 @@ impl Rows<'_> {
             Rows::Bf16(w) => w.len(),
             Rows::F16(w) => w.len(),
             Rows::F32(w) => w.len(),
-            Rows::Int8 { codes, .. } => codes.len(),
+            Rows::Int8 { codes, .. } | Rows::Fp8 { codes, .. } => codes.len(),
         }
     }
 }
@@ -93,6 +98,11 @@ pub(crate) fn product_nt(
                     }
                     Rounding::F16 => wide.iter_mut().for_each(|w| *w = f16::from_f32(*w).to_f32()),
                 }
+                wide
+            }
+            Rows::Fp8 { codes, scales } => {
+                let wide = sized(scratch, cols * k);
+                fp8::expand(&codes[range], k, &scales[from..from + cols], wide);
                 wide
             }
             Rows::F16(w) => {

@@ -11,6 +11,27 @@ use rayon::prelude::*;
 
 use super::isa::Isa;
 
+/// What rows become codes of: the largest magnitude, which becomes the scale's multiple, and the rule for one row.
+pub(super) trait Encoding {
+    /// The code of the largest magnitude, as a number.
+    const MOST: f32;
+
+    /// The codes of `row` by its scale.
+    fn encode<T: Real>(row: &[T], scale: f32, codes: &mut [u8]);
+}
+
+/// Whole numbers from −128 to 127.
+struct Whole;
+
+impl Encoding for Whole {
+    const MOST: f32 = 127.;
+
+    #[inline(always)]
+    fn encode<T: Real>(row: &[T], scale: f32, codes: &mut [u8]) {
+        encode(row, scale, codes);
+    }
+}
+
 /// Elements that one task quantizes; at least a row.
 const TASK: usize = 1 << 17;
 
@@ -44,9 +65,20 @@ pub fn quantize<T: Real>(
     codes: &mut [u8],
     scales: &mut [T],
 ) -> Result<(), NotFinite> {
+    quantize_all::<Whole, T>(weight, inputs, codes, scales)
+}
+
+/// Rows to the codes of `E` on all threads of the current pool.
+pub(super) fn quantize_all<E: Encoding, T: Real>(
+    weight: &[T],
+    inputs: usize,
+    codes: &mut [u8],
+    scales: &mut [T],
+) -> Result<(), NotFinite> {
     if inputs == 0 {
-        return quantize_rows(weight, inputs, codes, scales);
+        return quantize_with::<E, T>(Isa::detected(), weight, inputs, codes, scales);
     }
+    let isa = Isa::detected();
     let rows = (TASK / inputs).max(1);
     let weight = weight.par_chunks(rows * inputs);
     let result = weight
@@ -54,7 +86,7 @@ pub fn quantize<T: Real>(
         .zip(scales.par_chunks_mut(rows))
         .enumerate()
         .find_map_first(|(task, ((weight, codes), scales))| {
-            let fault = quantize_rows(weight, inputs, codes, scales).err()?;
+            let fault = quantize_with::<E, T>(isa, weight, inputs, codes, scales).err()?;
             Some(NotFinite { row: fault.row + task * rows, ..fault })
         });
     result.map_or(Ok(()), Err)
@@ -70,10 +102,10 @@ pub fn quantize_rows<T: Real>(
     codes: &mut [u8],
     scales: &mut [T],
 ) -> Result<(), NotFinite> {
-    quantize_with(Isa::detected(), weight, inputs, codes, scales)
+    quantize_with::<Whole, T>(Isa::detected(), weight, inputs, codes, scales)
 }
 
-fn quantize_with<T: Real>(
+pub(super) fn quantize_with<E: Encoding, T: Real>(
     isa: Isa,
     weight: &[T],
     inputs: usize,
@@ -92,9 +124,9 @@ fn quantize_with<T: Real>(
             let column = weight.iter().position(|w| w.magnitude() >= T::INFINITY).unwrap_or(0);
             return Err(NotFinite { row, column });
         }
-        *scale = scale_of(amax);
+        *scale = scale_of(amax, E::MOST);
         let scale = scale.widen();
-        isa.run(|| encode(weight, scale, codes));
+        isa.run(|| E::encode(weight, scale, codes));
     }
     Ok(())
 }
@@ -129,8 +161,8 @@ fn expand_row(isa: Isa, codes: &[u8], scale: f32, out: &mut [f32]) {
     });
 }
 
-fn scale_of<T: Real>(amax: T::Magnitude) -> T {
-    let scale = T::round(T::of_magnitude(amax).widen() / 127.);
+fn scale_of<T: Real>(amax: T::Magnitude, most: f32) -> T {
+    let scale = T::round(T::of_magnitude(amax).widen() / most);
     if scale.widen() == 0. { T::round(1.) } else { scale }
 }
 
@@ -270,7 +302,7 @@ mod tests {
         let rows = weight.len() / inputs;
         for isa in Isa::available() {
             let (mut codes, mut scales) = (vec![9; weight.len()], vec![T::round(9.); rows]);
-            quantize_with(isa, weight, inputs, &mut codes, &mut scales).unwrap();
+            quantize_with::<Whole, T>(isa, weight, inputs, &mut codes, &mut scales).unwrap();
             let mut wide = vec![0f32; inputs];
             for (row, weight) in weight.chunks(inputs).enumerate() {
                 let (expected, scale) = by_the_rule(weight);

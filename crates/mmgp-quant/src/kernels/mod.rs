@@ -3,5 +3,6 @@
 pub(crate) mod cpu;
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;
+pub(crate) mod fp8;
 pub(crate) mod int8;
 mod isa;

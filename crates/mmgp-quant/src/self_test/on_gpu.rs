@@ -3,35 +3,43 @@
 use candle_core::{CudaDevice, DType, Device, Tensor};
 
 use super::{
-    Added, biased, codes, compare, compare_near, expanded, multiplied, multiplied_in_int8, values,
+    Added, biased, codes, compare, compare_near, expanded, multiplied, multiplied_in_fp8,
+    multiplied_in_int8, quantized_to_fp8, values,
 };
 use crate::{
-    Error, Result,
-    formats::int8::Decode,
+    Codes, Error, Result,
+    formats::{fp8, int8},
     kernels::cuda::{self, Int8Kernel},
 };
 
 pub(super) fn expand(
     device: &CudaDevice,
+    of: Codes,
     shape: (usize, usize),
     skipped: usize,
-    scale: DType,
+    scale: Option<DType>,
     to: DType,
 ) -> Result<()> {
-    let kernel = cuda::expand_name(scale, to)?;
+    let kernel = cuda::expand_name(of, scale.unwrap_or(DType::F32), to)?;
     let (outputs, inputs) = shape;
     let len = outputs * inputs;
     let all = codes(skipped + len);
-    let scales = values(outputs, 7, scale);
+    let scales = scale.map_or(vec![1.; outputs], |scale| values(outputs, 7, scale));
     let run = || {
         let codes = Tensor::new(all.as_slice(), &Device::Cpu)?;
         let codes = codes.to_device(&Device::Cuda(device.clone()))?;
         let codes = codes.narrow(0, skipped, len)?.reshape(shape)?;
+        let Some(scale) = scale else {
+            return back(&codes.apply_op1_no_bwd(&fp8::Decode { dtype: to })?);
+        };
         let scales = on(device, &scales, scale)?.reshape((outputs, 1))?;
-        back(&codes.apply_op2_no_bwd(&scales, &Decode { dtype: to })?)
+        back(&match of {
+            Codes::Int8 => codes.apply_op2_no_bwd(&scales, &int8::Decode { dtype: to })?,
+            Codes::Fp8 => codes.apply_op2_no_bwd(&scales, &fp8::Decode { dtype: to })?,
+        })
     };
     let found = run().map_err(|error| not_run(&kernel, shape, error))?;
-    compare(&kernel, shape, &expanded(&all[skipped..], inputs, &scales, to), &found)
+    compare(&kernel, shape, &expanded(of, &all[skipped..], inputs, &scales, to), &found)
 }
 
 pub(super) fn add_bias(
@@ -138,7 +146,8 @@ pub(super) fn w8a8(
     dtype: DType,
     scale: DType,
 ) -> Result<()> {
-    let kernel = format!("{}_{}", cuda::quantize_name(dtype, scale)?, cuda::w8a8_name(dtype)?);
+    let kernel =
+        format!("{}_{}", cuda::quantize_name(Codes::Int8, dtype, scale)?, cuda::w8a8_name(dtype)?);
     let mut x = values(rows * inputs, 41, dtype);
     if rows > 2 {
         // A row of zeros, and one with no number in it.
@@ -182,6 +191,94 @@ pub(super) fn w8a8(
                     return Err(not_run(&kernel, shape, error));
                 }
             }
+        }
+    }
+    Ok(())
+}
+
+/// The quantization to e4m3 gives the bits of its twin.
+pub(super) fn quantize_fp8(
+    device: &CudaDevice,
+    (rows, outputs, inputs): (usize, usize, usize),
+    dtype: DType,
+    scale: Option<DType>,
+) -> Result<()> {
+    let kernel = cuda::quantize_name(Codes::Fp8, dtype, scale.unwrap_or(DType::F32))?;
+    let x = of_any_size(rows, inputs, dtype);
+    let scales = scale.map_or(vec![1.; outputs], |scale| values(outputs, 43, scale));
+    let run = || {
+        let x = on(device, &x, dtype)?.reshape((rows, inputs))?;
+        let scales = scale.map(|scale| on(device, &scales, scale)).transpose()?;
+        cuda::quantized_to_fp8(&x, scales.as_ref(), outputs)
+    };
+    let (codes, of_rows, wide) = run().map_err(|e| not_run(&kernel, (rows, inputs), e))?;
+    let (expected, expected_scales) = quantized_to_fp8(&x, inputs);
+    // Bytes as numbers, which a difference shows best.
+    let numbers = |codes: &[u8]| codes.iter().map(|&code| f32::from(code)).collect::<Vec<_>>();
+    compare(&kernel, (rows, inputs), &numbers(&expected), &numbers(&codes))?;
+    compare(&kernel, (rows, 1), &expected_scales, &of_rows)?;
+    compare(&kernel, (outputs, 1), &scales, &wide)
+}
+
+/// Values among which are small ones, a row of zeros and one with no number in it.
+fn of_any_size(rows: usize, inputs: usize, dtype: DType) -> Vec<f32> {
+    let mut x = values(rows * inputs, 41, dtype);
+    for x in x.iter_mut().skip(3).step_by(7) {
+        *x /= 1024.; // a power of two: exact in either dtype
+    }
+    if rows > 2 {
+        x[..inputs].fill(0.);
+        x[2 * inputs - 1] = f32::NAN;
+    }
+    x
+}
+
+/// The product in fp8 is as near as rounding allows, and has the same bits again and wherever operands lie.
+pub(super) fn fp8(
+    device: &CudaDevice,
+    (rows, outputs, inputs): (usize, usize, usize),
+    dtype: DType,
+    scale: Option<DType>,
+) -> Result<()> {
+    let kernel = cuda::fp8_name(dtype)?;
+    let x = of_any_size(rows, inputs, dtype);
+    // Codes of numbers, so small that f16 holds the outputs, and can be.
+    let codes: Vec<u8> =
+        codes(outputs * inputs).into_iter().map(|c| if c & 0x7f == 0x7f { 0 } else { c }).collect();
+    let small = |scale| values(outputs, 43, scale).iter().map(|s| s / 4096.).collect();
+    let (codes, scales): (Vec<u8>, Vec<f32>) = match scale {
+        Some(scale) => (codes, small(scale)),
+        // Without scales codes alone are so small: the exponent's upper bit is cleared.
+        None => (codes.into_iter().map(|c| c & 0xbf).collect(), vec![1.; outputs]),
+    };
+    let bias = values(outputs, 47, dtype);
+    let weight = expanded(Codes::Fp8, &codes, inputs, &scales, DType::F32);
+    let place = |values: &[f32], skipped: usize, shape: &[usize], dtype| {
+        let all = [&vec![0.; skipped], values].concat();
+        on(device, &all, dtype)?.narrow(0, skipped, values.len())?.reshape(shape)
+    };
+    let shape = (rows, outputs);
+    for biased in [false, true] {
+        let bias = biased.then_some(bias.as_slice());
+        let run = |skipped| {
+            let x = place(&x, skipped, &[rows, inputs], dtype)?;
+            let bytes = [&vec![0; skipped], codes.as_slice()].concat();
+            let codes = Tensor::new(bytes.as_slice(), &Device::Cpu)?;
+            let codes = codes.to_device(&Device::Cuda(device.clone()))?;
+            let codes = codes.narrow(0, skipped, outputs * inputs)?;
+            let codes = codes.reshape((outputs, inputs))?;
+            let scales =
+                scale.map(|scale| place(&scales, skipped, &[outputs, 1], scale)).transpose()?;
+            let bias = bias.map(|bias| place(bias, skipped, &[outputs], dtype)).transpose()?;
+            let y = cuda::fp8_product(&x, &codes, scales.as_ref(), bias.as_ref())?;
+            back(&y.ok_or_else(|| candle_core::Error::msg("nothing takes this shape"))?)
+        };
+        let run = |skipped| run(skipped).map_err(|error| not_run(&kernel, shape, error));
+        let found = run(0)?;
+        let expected = multiplied_in_fp8(&x, &weight, bias, inputs, dtype);
+        compare_near(&kernel, shape, &expected, &found)?;
+        for skipped in [0, 1] {
+            compare(&kernel, shape, &found, &run(skipped)?)?;
         }
     }
     Ok(())

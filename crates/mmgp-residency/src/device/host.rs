@@ -115,8 +115,8 @@ impl Slot for HostSlot {
         let mut all = targets.iter_mut().zip(&image.tensors);
         while let Some((target, tensor)) = all.next() {
             match tensor.making {
-                Making::Int8Codes => match all.next() {
-                    Some((scales, t)) if t.making == Making::Int8Scales => {
+                Making::Codes(_) => match all.next() {
+                    Some((scales, t)) if t.making == Making::Scales => {
                         pairs.push((tensor, target, scales));
                     }
                     _ => return Err(no_way(tensor, "its scales do not follow its codes")),

@@ -8,10 +8,10 @@ use candle_core::CpuStorage;
 use candle_core::DType;
 use half::{bf16, f16, slice::HalfFloatSliceExt};
 use mmgp_io::{Dtype, TensorView};
-use mmgp_quant::Real;
+use mmgp_quant::{Codes, Real, from_e4m3};
 use rayon::prelude::*;
 
-use crate::{Error, ImageTensor, Result, Segment, placeholder::empty};
+use crate::{Error, ImageTensor, Making, Result, Segment, placeholder::empty};
 
 /// Bytes that one reading task handles, and the size of its buffer where it converts.
 const PIECE: usize = 4 << 20;
@@ -67,13 +67,13 @@ pub(super) fn is_as_stored(tensor: &ImageTensor) -> bool {
     let as_it_is = |stored| {
         matches!(
             (tensor.dtype, stored),
-            (DType::U8, Dtype::U8 | Dtype::I8)
+            (DType::U8, Dtype::U8 | Dtype::I8 | Dtype::F8E4M3)
                 | (DType::BF16, Dtype::BF16)
                 | (DType::F16, Dtype::F16)
                 | (DType::F32, Dtype::F32)
         )
     };
-    tensor.making == crate::Making::Values
+    tensor.making == Making::Values
         && tensor.segments.iter().all(|s| s.stride.is_none() && as_it_is(s.source.dtype()))
 }
 
@@ -107,7 +107,7 @@ pub(super) fn read_elements(
         let first = from - segment.element;
         let part = target.narrow(from - range.start..to - range.start);
         match (part, view.dtype()) {
-            (Target::U8(v), Dtype::U8 | Dtype::I8) => read_as_is(view, first, v)?,
+            (Target::U8(v), Dtype::U8 | Dtype::I8 | Dtype::F8E4M3) => read_as_is(view, first, v)?,
             (Target::BF16(v), Dtype::BF16) => read_as_is(view, first, v)?,
             (Target::F16(v), Dtype::F16) => read_as_is(view, first, v)?,
             (Target::F32(v), Dtype::F32) => read_as_is(view, first, v)?,
@@ -127,6 +127,13 @@ pub(super) fn read_elements(
                 convert(view, first, v, each(|v: f16| bf16::from_f32(v.to_f32())))?;
             }
             (Target::BF16(v), Dtype::F64) => convert(view, first, v, each(bf16::from_f64))?,
+            (Target::F32(v), Dtype::F8E4M3) => convert(view, first, v, each(from_e4m3))?,
+            (Target::BF16(v), Dtype::F8E4M3) => {
+                convert(view, first, v, each(|v| bf16::from_f32(from_e4m3(v))))?; // exact
+            }
+            (Target::F16(v), Dtype::F8E4M3) => {
+                convert(view, first, v, each(|v| f16::from_f32(from_e4m3(v))))?; // exact
+            }
             (_, stored) => {
                 return Err(no_way(tensor, &format!("it is stored as {stored}")));
             }
@@ -174,13 +181,16 @@ fn read_rows(
     Ok(())
 }
 
-/// Reads a dense weight and leaves its int8 codes and scales. Rows are read and quantized piece by
+/// Reads a dense weight and leaves its codes and scales. Rows are read and quantized piece by
 /// piece; no more of the dense weight is in memory than a piece for each thread.
 pub(super) fn quantize_tensor(
     tensor: &ImageTensor,
     codes: &mut CpuStorage,
     scales: &mut CpuStorage,
 ) -> Result<()> {
+    let Making::Codes(to) = tensor.making else {
+        return Err(no_way(tensor, "it is not to be quantized"));
+    };
     let inputs = tensor.shape.get(1).copied().unwrap_or(0);
     let CpuStorage::U8(codes) = codes else {
         return Err(no_way(tensor, "codes do not travel as bytes"));
@@ -194,20 +204,20 @@ pub(super) fn quantize_tensor(
         let rows = from / inputs..(from + count) / inputs;
         match (view.dtype(), &mut *scales) {
             (Dtype::BF16, CpuStorage::BF16(s)) => {
-                quantize_rows(view, inputs, codes, &mut s[rows], |s: bf16| s)?;
+                quantize_rows(to, view, inputs, codes, &mut s[rows], |s: bf16| s)?;
             }
             (Dtype::F16, CpuStorage::F16(s)) => {
-                quantize_rows(view, inputs, codes, &mut s[rows], |s: f16| s)?;
+                quantize_rows(to, view, inputs, codes, &mut s[rows], |s: f16| s)?;
             }
             (Dtype::F32, CpuStorage::F32(s)) => {
-                quantize_rows(view, inputs, codes, &mut s[rows], |s: f32| s)?;
+                quantize_rows(to, view, inputs, codes, &mut s[rows], |s: f32| s)?;
             }
             // Joined layers of different dtypes: their scales, rounded to their own, meet in f32.
             (Dtype::BF16, CpuStorage::F32(s)) => {
-                quantize_rows(view, inputs, codes, &mut s[rows], bf16::to_f32)?;
+                quantize_rows(to, view, inputs, codes, &mut s[rows], bf16::to_f32)?;
             }
             (Dtype::F16, CpuStorage::F32(s)) => {
-                quantize_rows(view, inputs, codes, &mut s[rows], f16::to_f32)?;
+                quantize_rows(to, view, inputs, codes, &mut s[rows], f16::to_f32)?;
             }
             (stored, _) => return Err(no_way(tensor, &format!("it is stored as {stored}"))),
         }
@@ -216,6 +226,7 @@ pub(super) fn quantize_tensor(
 }
 
 fn quantize_rows<T: Real + bytemuck::Pod, S: Send>(
+    to: Codes,
     view: &TensorView,
     inputs: usize,
     codes: &mut [u8],
@@ -229,9 +240,9 @@ fn quantize_rows<T: Real + bytemuck::Pod, S: Send>(
         let offset = (first * inputs * size_of::<T>()) as u64;
         view.read_into(offset, bytemuck::cast_slice_mut(&mut weight))?;
         let mut own = vec![T::zeroed(); scales.len()];
-        mmgp_quant::quantize_rows(&weight, inputs, codes, &mut own)
+        to.quantize_rows(&weight, inputs, codes, &mut own)
             .map_err(|fault| Error::not_finite(view, first + fault.row, fault.column))?;
-        scales.iter_mut().zip(own).for_each(|(to, scale)| *to = keep(scale));
+        scales.iter_mut().zip(own).for_each(|(kept, scale)| *kept = keep(scale));
         Ok(())
     })
 }

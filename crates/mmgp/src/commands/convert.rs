@@ -1,4 +1,4 @@
-//! `mmgp convert`: a pipeline's weights in streaming order, dense or int8.
+//! `mmgp convert`: a pipeline's weights in streaming order, dense, int8 or fp8.
 
 use std::path::PathBuf;
 
@@ -6,9 +6,9 @@ use mmgp::{DeviceChoice, Offload, Overwrite, Settings};
 
 use super::quantize::Quantize;
 
-/// Write a pipeline anew: each model as one file in the order in which it streams, int8 if wanted.
+/// Write a pipeline anew: each model as one file in the order in which it streams, int8 or fp8 if wanted.
 ///
-/// A converted pipeline starts as fast as its file can be read, and int8 is not made again at each
+/// A converted pipeline starts as fast as its file can be read, and codes are not made again at each
 /// start. Python's safetensors, quanto and mmgp read the files too.
 #[derive(clap::Args)]
 #[command(after_help = "\
@@ -36,12 +36,12 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let mut offload = Offload::builder().device(DeviceChoice::Cpu).settings(settings).build()?;
     offload.convert(&args.from, &args.to, overwrite, |part| {
         let saved = part.saved;
-        let int8 = match saved.quantized {
+        let quantized = match saved.quantized {
             0 => String::new(),
-            layers => format!(", {layers} layers int8"),
+            layers => format!(", {layers} layers quantized"),
         };
         println!(
-            "wrote {} ({} tensors, {}{int8})",
+            "wrote {} ({} tensors, {}{quantized})",
             part.path.display(),
             saved.tensors,
             saved.bytes

@@ -8,6 +8,8 @@ use mmgp::{
     Settings,
 };
 
+use mmgp_quant::Codes;
+
 use super::quantize::{Keep, Quantize};
 
 #[derive(clap::Args)]
@@ -46,6 +48,12 @@ pub(crate) struct Machine {
     /// int8, as --quantize makes them; needs a GPU
     #[arg(long)]
     int8_activations: bool,
+
+    /// Multiply fp8 weights by fp8 activations, made row by row: faster on GPUs of compute capability 9.0 (H100, H200), with an
+    /// error of about 3.7 % in each product of normal values; on others they are expanded as ever. Acts where weights
+    /// are fp8, as --quantize fp8 makes them; needs a GPU
+    #[arg(long, conflicts_with = "int8_activations")]
+    fp8_activations: bool,
 
     #[command(flatten)]
     keep: Keep,
@@ -92,9 +100,7 @@ impl Machine {
             eprintln!("{}", settings.explain(&Hardware::detect()));
         }
         let mut builder = Offload::builder().device(self.device).settings(settings);
-        if self.int8_activations {
-            builder = builder.activations(Activations::Int8);
-        }
+        builder = builder.activations(self.activations());
         if let Some(limit) = self.vram_limit {
             builder = builder.vram_limit(limit);
         }
@@ -106,14 +112,29 @@ impl Machine {
         }
         let mut offload = builder.build()?;
         let pipeline = offload.pipeline(dir)?;
-        let int8 = |form: &str| form.split('+').any(|dtype| dtype == "u8");
-        if self.int8_activations && !offload.report().models.iter().any(|m| int8(&m.form)) {
-            eprintln!(
-                "warning: --int8-activations does nothing here: no weights are int8; --quantize int8 makes the \
-                 transformer's so"
-            );
+        if let Some(codes) = self.activations().codes() {
+            let form = match codes {
+                Codes::Int8 => "u8",
+                Codes::Fp8 => "fp8",
+            };
+            let has = |of: &str| of.split('+').any(|dtype| dtype == form);
+            if !offload.report().models.iter().any(|m| has(&m.form)) {
+                eprintln!(
+                    "warning: --{codes}-activations does nothing here: no weights are {codes}; --quantize {codes} \
+                     makes the transformer's so"
+                );
+            }
         }
         Ok((offload, pipeline))
+    }
+
+    /// What products take of their input.
+    fn activations(&self) -> Activations {
+        match (self.int8_activations, self.fp8_activations) {
+            (true, _) => Activations::Int8,
+            (_, true) => Activations::Fp8,
+            _ => Activations::AsTheyAre,
+        }
     }
 
     /// The plan for `request`, within the options' budget or the pipeline's own.

@@ -1,4 +1,4 @@
-//! Options that subcommands share: what becomes int8, and where it is kept.
+//! Options that subcommands share: what becomes int8 or fp8, and where it is kept.
 
 use std::{convert::Infallible, path::PathBuf, str::FromStr};
 
@@ -8,7 +8,8 @@ use mmgp::{Bytes, Settings, Store};
 #[derive(clap::Args)]
 pub(crate) struct Quantize {
     /// Make weights int8 while they are read: `int8` for the transformer, or names of models
-    /// (transformer,text_encoder_2), or `off`
+    /// (transformer,text_encoder_2), or `off`. `fp8` is the transformer too, and makes all of them fp8 (e4m3)
+    /// instead: fp8 or fp8,text_encoder_2
     #[arg(long, value_name = "WHAT", value_delimiter = ',')]
     quantize: Option<Vec<String>>,
 
@@ -77,9 +78,19 @@ impl Quantize {
             let others: Vec<&str> = quantize
                 .iter()
                 .map(String::as_str)
-                .filter(|name| !["int8", "transformer", "off"].contains(name))
+                .filter(|name| !["int8", "fp8", "transformer", "off"].contains(name))
                 .collect();
-            let transformer = named("int8") || named("transformer");
+            anyhow::ensure!(
+                !(named("int8") && named("fp8")),
+                "--quantize: weights become int8 or fp8, not both"
+            );
+            if named("int8") {
+                set("quantization_type", "qint8")?;
+            }
+            if named("fp8") {
+                set("quantization_type", "qfloat8")?;
+            }
+            let transformer = named("int8") || named("fp8") || named("transformer");
             set("quantize_transformer", if transformer { "on" } else { "off" })?;
             let others = if others.is_empty() { "none".into() } else { others.join(",") };
             set("extra_models_to_quantize", &others).context("--quantize")?;

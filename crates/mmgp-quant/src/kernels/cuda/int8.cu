@@ -1,4 +1,4 @@
-// Kernels of the linear layer on NVIDIA GPUs: int8 weights expanded, biases added.
+// Kernels of the linear layer on NVIDIA GPUs: int8 and fp8 weights expanded, biases added.
 //
 // Compiled ahead into one fat binary. Offsets are 64 bits wide: a weight may have more than 2^31
 // elements. Pointers of whole weights are multiples of 16 bytes, those of views need not be, so each
@@ -6,6 +6,7 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 #include <cstdint>
 
 typedef unsigned long long u64;
@@ -21,11 +22,21 @@ template <> __device__ __forceinline__ __nv_bfloat16 rounded<__nv_bfloat16>(floa
     return __float2bfloat16_rn(v);
 }
 
+// What a byte stands for; both are exact in f32.
+struct Int8 {
+    static __device__ __forceinline__ float value(uint32_t byte) { return (float)(int8_t)byte; }
+};
+struct Fp8 {
+    static __device__ __forceinline__ float value(uint32_t byte) {
+        return __half2float(__half(__nv_cvt_fp8_to_halfraw((__nv_fp8_storage_t)byte, __NV_E4M3)));
+    }
+};
+
 static __device__ __forceinline__ bool aligned(const void *p) { return ((uintptr_t)p & 15) == 0; }
 
-// `out[i] = codes[i] * scales[i / inputs]` for i < total, the f32 product rounded once. A thread takes
+// `out[i] = codes[i] * scales[i / inputs]` for i < total, the f32 product rounded once; without scales they are 1. A thread takes
 // 16 neighbours of the flat array; rows may begin anywhere among them.
-template <typename S, typename T>
+template <typename Code, typename S, typename T>
 static __device__ __forceinline__ void expand(
     const uint8_t *__restrict__ codes, const S *__restrict__ scales, T *__restrict__ out,
     u64 total, u64 inputs
@@ -37,7 +48,7 @@ static __device__ __forceinline__ void expand(
         const u64 first = group * 16;
         u64 row = first / inputs;
         u64 left = inputs - (first - row * inputs); // elements up to the end of the row, at least 1
-        float scale = wide(scales[row]);
+        float scale = scales ? wide(scales[row]) : 1.f;
         if (whole && first + 16 <= total) {
             const uint4 packed = *reinterpret_cast<const uint4 *>(codes + first);
             const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
@@ -46,11 +57,12 @@ static __device__ __forceinline__ void expand(
             for (int i = 0; i < 16; i++) {
                 if (left == 0) { // i < 16 elements of this group remain, so this row exists
                     left = inputs;
-                    scale = wide(scales[++row]);
+                    row++;
+                    scale = scales ? wide(scales[row]) : 1.f;
                 }
                 left--;
-                const int8_t code = (int8_t)(words[i / 4] >> (i % 4 * 8));
-                values[i] = rounded<T>(__fmul_rn((float)code, scale));
+                const float code = Code::value(words[i / 4] >> (i % 4 * 8) & 255);
+                values[i] = rounded<T>(__fmul_rn(code, scale));
             }
             const uint4 *from = reinterpret_cast<const uint4 *>(values);
             uint4 *to = reinterpret_cast<uint4 *>(out + first);
@@ -61,10 +73,11 @@ static __device__ __forceinline__ void expand(
             for (u64 i = first; i < end; i++) {
                 if (left == 0) {
                     left = inputs;
-                    scale = wide(scales[++row]);
+                    row++;
+                    scale = scales ? wide(scales[row]) : 1.f;
                 }
                 left--;
-                out[i] = rounded<T>(__fmul_rn((float)(int8_t)codes[i], scale));
+                out[i] = rounded<T>(__fmul_rn(Code::value(codes[i]), scale));
             }
         }
     }
@@ -102,26 +115,29 @@ static __device__ __forceinline__ void add_bias(
     }
 }
 
-#define EXPAND(NAME, S, T)                                                                         \
+#define EXPAND_CODES(NAME, CODE, S, T)                                                             \
     extern "C" __global__ void NAME(                                                               \
         const uint8_t *codes, const S *scales, T *out, u64 total, u64 inputs                       \
     ) {                                                                                            \
-        expand<S, T>(codes, scales, out, total, inputs);                                           \
+        expand<CODE, S, T>(codes, scales, out, total, inputs);                                     \
     }
+#define EXPAND(NAME, S, T)                                                                         \
+    EXPAND_CODES(expand_##NAME, Int8, S, T)                                                        \
+    EXPAND_CODES(expand_fp8_##NAME, Fp8, S, T)
 #define ADD_BIAS(NAME, T)                                                                          \
     extern "C" __global__ void NAME(T *y, const T *bias, u64 rows, u64 outputs) {                  \
         add_bias<T>(y, bias, rows, outputs);                                                       \
     }
 
-EXPAND(expand_bf16_bf16, __nv_bfloat16, __nv_bfloat16)
-EXPAND(expand_bf16_f16, __nv_bfloat16, __half)
-EXPAND(expand_bf16_f32, __nv_bfloat16, float)
-EXPAND(expand_f16_bf16, __half, __nv_bfloat16)
-EXPAND(expand_f16_f16, __half, __half)
-EXPAND(expand_f16_f32, __half, float)
-EXPAND(expand_f32_bf16, float, __nv_bfloat16)
-EXPAND(expand_f32_f16, float, __half)
-EXPAND(expand_f32_f32, float, float)
+EXPAND(bf16_bf16, __nv_bfloat16, __nv_bfloat16)
+EXPAND(bf16_f16, __nv_bfloat16, __half)
+EXPAND(bf16_f32, __nv_bfloat16, float)
+EXPAND(f16_bf16, __half, __nv_bfloat16)
+EXPAND(f16_f16, __half, __half)
+EXPAND(f16_f32, __half, float)
+EXPAND(f32_bf16, float, __nv_bfloat16)
+EXPAND(f32_f16, float, __half)
+EXPAND(f32_f32, float, float)
 ADD_BIAS(add_bias_bf16, __nv_bfloat16)
 ADD_BIAS(add_bias_f16, __half)
 ADD_BIAS(add_bias_f32, float)

@@ -1,10 +1,11 @@
-//! The kernels of NVIDIA GPUs: int8 weights expanded to a floating-point dtype, biases added in place;
-//! products by cublasLt (`product.rs`); and products in int8 (`w8a8.rs`, `hopper.rs`).
+//! The kernels of NVIDIA GPUs: int8 and fp8 weights expanded to a floating-point dtype, biases added in place;
+//! products by cublasLt (`product.rs`), in fp8 too (`fp8.rs`); and products in int8 (`w8a8.rs`, `hopper.rs`).
 //!
 //! Kernels are compiled ahead (`build.rs`) and loaded once per CUDA context, at the first use. Launches
 //! are queued on candle's stream and never synchronize the host. Lengths and dtypes are checked here,
 //! since weights that are not leased hold an empty storage of another dtype.
 
+mod fp8;
 #[cfg(w8a8_sm90)]
 mod hopper;
 mod image;
@@ -22,12 +23,16 @@ use candle_core::{
 };
 use half::{bf16, f16};
 
+use crate::Codes;
+
 pub use self::{
+    fp8::{disable_fp8, enable_fp8, fp8_enabled, fp8_multiplies, fp8_product},
     image::KernelImage,
     product::product_library,
     w8a8::{Int8Kernel, w8a8, w8a8_by},
 };
 pub(crate) use self::{
+    fp8::{fp8_name, quantized_to_fp8},
     product::{add_product, product},
     w8a8::{quantize_name, w8a8_name},
 };
@@ -43,6 +48,8 @@ pub fn kernel_images() -> [&'static [u8]; 3] {
     [KERNELS.bytes(), w8a8::KERNELS.bytes(), hopper]
 }
 
+/// The address of what is not there.
+const NULL: u64 = 0;
 /// Threads of a block.
 const BLOCK: u32 = 256;
 /// Blocks along x at most; threads step over what is left.
@@ -74,8 +81,16 @@ pub(crate) fn card(ordinal: usize) -> Result<(String, (i32, i32))> {
 }
 
 /// The kernel that expands codes by scales of the dtype `scale` to `to`.
-pub(crate) fn expand_name(scale: DType, to: DType) -> Result<String> {
-    Ok(format!("expand_{}_{}", short(scale)?, short(to)?))
+pub(crate) fn expand_name(codes: Codes, scale: DType, to: DType) -> Result<String> {
+    Ok(format!("expand_{}{}_{}", infix(codes), short(scale)?, short(to)?))
+}
+
+/// What stands in names of kernels for codes.
+fn infix(codes: Codes) -> &'static str {
+    match codes {
+        Codes::Int8 => "",
+        Codes::Fp8 => "fp8_",
+    }
 }
 
 /// The kernel that adds biases.
@@ -101,45 +116,52 @@ fn blocks(threads: u64) -> u32 {
     threads.div_ceil(u64::from(BLOCK)).clamp(1, GRID_X) as u32
 }
 
-/// `codes · scales` in `dtype` (bf16, f16 or f32), rounded once: `codes` U8 `[outputs, inputs]`, two's
-/// complement, `scales` bf16, f16 or f32 `[outputs, 1]`.
+/// `codes · scales` in `dtype` (bf16, f16 or f32), rounded once: `codes` U8 `[outputs, inputs]`, `scales` bf16, f16 or
+/// f32 `[outputs, 1]`; without scales they are 1.
 pub(crate) fn expand(
+    of: Codes,
     codes: (&CudaStorage, &Layout),
-    scales: (&CudaStorage, &Layout),
+    scales: Option<(&CudaStorage, &Layout)>,
     dtype: DType,
 ) -> Result<(CudaStorage, Shape)> {
-    match scales.0.dtype() {
-        DType::BF16 => expand_by::<bf16>(codes, scales, dtype),
-        DType::F16 => expand_by::<f16>(codes, scales, dtype),
-        DType::F32 => expand_by::<f32>(codes, scales, dtype),
-        _ => bail!("int8: the scales are not leased, or of another dtype"),
+    match scales.map_or(DType::F32, |(scales, _)| scales.dtype()) {
+        DType::BF16 => expand_by::<bf16>(of, codes, scales, dtype),
+        DType::F16 => expand_by::<f16>(of, codes, scales, dtype),
+        DType::F32 => expand_by::<f32>(of, codes, scales, dtype),
+        _ => bail!("{of}: the scales are not leased, or of another dtype"),
     }
 }
 
 fn expand_by<S: CudaDType + DeviceRepr>(
+    of: Codes,
     codes: (&CudaStorage, &Layout),
-    scales: (&CudaStorage, &Layout),
+    scales: Option<(&CudaStorage, &Layout)>,
     dtype: DType,
 ) -> Result<(CudaStorage, Shape)> {
     match dtype {
-        DType::BF16 => expand_to::<S, bf16>(codes, scales, dtype),
-        DType::F16 => expand_to::<S, f16>(codes, scales, dtype),
-        DType::F32 => expand_to::<S, f32>(codes, scales, dtype),
-        other => bail!("int8: weights are not expanded to {other:?}"),
+        DType::BF16 => expand_to::<S, bf16>(of, codes, scales, dtype),
+        DType::F16 => expand_to::<S, f16>(of, codes, scales, dtype),
+        DType::F32 => expand_to::<S, f32>(of, codes, scales, dtype),
+        other => bail!("{of}: weights are not expanded to {other:?}"),
     }
 }
 
 fn expand_to<S: CudaDType + DeviceRepr, T: CudaDType + DeviceRepr>(
+    of: Codes,
     (codes, lc): (&CudaStorage, &Layout),
-    (scales, ls): (&CudaStorage, &Layout),
+    scales: Option<(&CudaStorage, &Layout)>,
     dtype: DType,
 ) -> Result<(CudaStorage, Shape)> {
     let (outputs, inputs) = lc.shape().dims2()?;
     let dev = codes.device();
-    let name = expand_name(scales.dtype(), dtype)?;
-    let (codes, scales) = (view::<u8>(codes, lc)?, view::<S>(scales, ls)?);
-    if scales.len() != outputs {
-        bail!("int8: {} scales for {outputs} outputs", scales.len());
+    let stored = scales.map_or(DType::F32, |(scales, _)| scales.dtype());
+    let name = expand_name(of, stored, dtype)?;
+    let codes = view::<u8>(codes, lc)?;
+    let scales = scales.map(|(scales, ls)| view::<S>(scales, ls)).transpose()?;
+    if let Some(scales) = &scales
+        && scales.len() != outputs
+    {
+        bail!("{of}: {} scales for {outputs} outputs", scales.len());
     }
     let total = outputs * inputs;
     // SAFETY: `T` is plain numbers, and the kernel below writes all `total` of them.
@@ -151,9 +173,14 @@ fn expand_to<S: CudaDType + DeviceRepr, T: CudaDType + DeviceRepr>(
         let (total, inputs) = (total as u64, inputs as u64);
         let stream = dev.cuda_stream();
         let mut launch = stream.launch_builder(&kernel);
-        launch.arg(&codes).arg(&scales).arg(&mut out).arg(&total).arg(&inputs);
+        launch.arg(&codes);
+        match &scales {
+            Some(scales) => launch.arg(scales),
+            None => launch.arg(&NULL),
+        };
+        launch.arg(&mut out).arg(&total).arg(&inputs);
         // SAFETY: the arguments are those of the kernel of this name; `codes` and `out` have `total`
-        // elements and `scales` one for each of `total / inputs` rows, all on this stream's device.
+        // elements and `scales`, where they are, one for each of `total / inputs` rows, all on this stream's device.
         unsafe { launch.launch(config) }.w()?;
     }
     Ok((CudaStorage::wrap_cuda_slice(out, dev.clone()), Shape::from((outputs, inputs))))

@@ -1,11 +1,12 @@
 // Products of int8 activations and int8 weights: rows quantized, and the product by the tensor cores of all cards
-// from compute capability 8.0 on.
+// from compute capability 8.0 on. Rows become e4m3 here too; that product is the library's.
 //
 // Compiled ahead into one fat binary. All pointers are multiples of 16 bytes and rows of `inputs` are too, so
 // that everything is read 16 bytes at a time; other widths are refused by the caller.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 #include <cstdint>
 
 typedef unsigned long long u64;
@@ -43,33 +44,48 @@ static __device__ __forceinline__ typename Half<T>::Pair larger(typename Half<T>
     return most;
 }
 
-template <typename T> static __device__ __forceinline__ uint2 coded(uint4 v, float inverse) {
+// Codes of a byte: the largest one as a number, and two numbers of at most that made codes, to nearest, ties to even,
+// the first in the lower byte.
+struct Int8 {
+    static constexpr float MOST = 127.f;
+    static __device__ __forceinline__ uint32_t codes(float low, float high) {
+        return (__float2int_rn(low) & 255) | (__float2int_rn(high) & 255) << 8;
+    }
+};
+struct Fp8 {
+    static constexpr float MOST = 448.f;
+    static __device__ __forceinline__ uint32_t codes(float low, float high) {
+        return __nv_cvt_float2_to_fp8x2(make_float2(low, high), __NV_SATFINITE, __NV_E4M3);
+    }
+};
+
+template <typename Code, typename T>
+static __device__ __forceinline__ uint2 coded(uint4 v, float inverse) {
     typedef typename Half<T>::Pair Pair;
     const Pair *pairs = reinterpret_cast<const Pair *>(&v);
     uint32_t words[2] = {0, 0};
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         const float2 x = Half<T>::wide(pairs[i]);
-        // At most 127 by its rounding; to nearest, ties to even.
-        const int low = __float2int_rn(__fmul_rn(x.x, inverse));
-        const int high = __float2int_rn(__fmul_rn(x.y, inverse));
-        words[i / 2] |= (uint32_t)((low & 255) | (high & 255) << 8) << (i % 2 * 16);
+        const uint32_t both = Code::codes(__fmul_rn(x.x, inverse), __fmul_rn(x.y, inverse));
+        words[i / 2] |= both << (i % 2 * 16);
     }
     return make_uint2(words[0], words[1]);
 }
 
-// `codes[row] = x[row] / row_scales[row]` with the scale that makes the largest magnitude 127, a block a row. Rows of
+// `codes[row] = x[row] / row_scales[row]` with the scale that makes the largest magnitude the largest code, a block a row. Rows of
 // zeros get codes and scale 0; rows with a NaN or an infinity get codes 0 and the scale NaN, so that all that
-// is computed from them is NaN. Blocks behind the rows widen the weight's scales for the product.
-template <typename T, typename S>
+// is computed from them is NaN. Blocks behind the rows widen the weight's scales for the product; where there are
+// none they are 1.
+template <typename Code, typename T, typename S>
 static __device__ __forceinline__ void quantize(
-    const T *__restrict__ x, int8_t *__restrict__ codes, float *__restrict__ row_scales, int rows,
+    const T *__restrict__ x, uint8_t *__restrict__ codes, float *__restrict__ row_scales, int rows,
     int inputs, const S *__restrict__ scales, float *__restrict__ wide_scales, int outputs
 ) {
     if (blockIdx.x >= rows) {
         const int step = (gridDim.x - rows) * blockDim.x;
         for (int i = (blockIdx.x - rows) * blockDim.x + threadIdx.x; i < outputs; i += step)
-            wide_scales[i] = wide(scales[i]);
+            wide_scales[i] = scales ? wide(scales[i]) : 1.f;
         return;
     }
     const int vectors = inputs / 8;
@@ -100,17 +116,17 @@ static __device__ __forceinline__ void quantize(
     const float magnitude = Half<T>::wide(largest);
     const bool finite = magnitude < INFINITY; // no NaN either
     const bool some = finite && magnitude >= LEAST;
-    const float inverse = __fdiv_rn(127.f, magnitude);
+    const float inverse = __fdiv_rn(Code::MOST, magnitude);
     if (first == 0)
-        row_scales[blockIdx.x] = some ? __fdiv_rn(magnitude, 127.f) : finite ? 0.f : NAN;
+        row_scales[blockIdx.x] = some ? __fdiv_rn(magnitude, Code::MOST) : finite ? 0.f : NAN;
     const uint2 none = make_uint2(0, 0);
 #pragma unroll
     for (int i = 0; i < KEPT; i++) {
         const int at = first + i * step;
-        if (at < vectors) to[at] = some ? coded<T>(kept[i], inverse) : none;
+        if (at < vectors) to[at] = some ? coded<Code, T>(kept[i], inverse) : none;
     }
     for (int at = first + KEPT * step; at < vectors; at += step)
-        to[at] = some ? coded<T>(from[at], inverse) : none;
+        to[at] = some ? coded<Code, T>(from[at], inverse) : none;
 }
 
 // Tiles of the product: a block computes M x N outputs in steps of K inputs, of which STAGES are on their way or
@@ -264,13 +280,16 @@ static __device__ __forceinline__ void product(
     }
 }
 
-#define QUANTIZE(NAME, T, S)                                                                       \
+#define QUANTIZE_TO(NAME, CODE, T, S)                                                              \
     extern "C" __global__ void NAME(                                                               \
-        const T *x, int8_t *codes, float *row_scales, int rows, int inputs, const S *scales,       \
+        const T *x, uint8_t *codes, float *row_scales, int rows, int inputs, const S *scales,      \
         float *wide_scales, int outputs                                                            \
     ) {                                                                                            \
-        quantize<T, S>(x, codes, row_scales, rows, inputs, scales, wide_scales, outputs);          \
+        quantize<CODE, T, S>(x, codes, row_scales, rows, inputs, scales, wide_scales, outputs);    \
     }
+#define QUANTIZE(NAME, T, S)                                                                       \
+    QUANTIZE_TO(quantize_##NAME, Int8, T, S)                                                       \
+    QUANTIZE_TO(quantize_fp8_##NAME, Fp8, T, S)
 #define PRODUCT(NAME, T)                                                                           \
     extern "C" __global__ void __launch_bounds__(THREADS, 2) NAME(                                 \
         const int8_t *x, const float *x_scales, const int8_t *w, const float *w_scales,            \
@@ -279,11 +298,11 @@ static __device__ __forceinline__ void product(
         product<T>(x, x_scales, w, w_scales, bias, y, rows, outputs, inputs);                      \
     }
 
-QUANTIZE(quantize_bf16_bf16, __nv_bfloat16, __nv_bfloat16)
-QUANTIZE(quantize_bf16_f16, __nv_bfloat16, __half)
-QUANTIZE(quantize_bf16_f32, __nv_bfloat16, float)
-QUANTIZE(quantize_f16_bf16, __half, __nv_bfloat16)
-QUANTIZE(quantize_f16_f16, __half, __half)
-QUANTIZE(quantize_f16_f32, __half, float)
+QUANTIZE(bf16_bf16, __nv_bfloat16, __nv_bfloat16)
+QUANTIZE(bf16_f16, __nv_bfloat16, __half)
+QUANTIZE(bf16_f32, __nv_bfloat16, float)
+QUANTIZE(f16_bf16, __half, __nv_bfloat16)
+QUANTIZE(f16_f16, __half, __half)
+QUANTIZE(f16_f32, __half, float)
 PRODUCT(w8a8_bf16, __nv_bfloat16)
 PRODUCT(w8a8_f16, __half)

@@ -15,8 +15,10 @@ use candle_core::{
 };
 use half::{bf16, f16};
 
+use crate::Codes;
+
 use super::{
-    KernelImage,
+    KernelImage, infix,
     product::{address, aligned},
     short,
 };
@@ -31,9 +33,9 @@ const THREADS: u32 = 128;
 /// Values that a thread of the quantization keeps; what a longer row has more is read twice.
 const KEPT: usize = 4 * 8;
 /// Rows and outputs at most: kernels count them in 32 bits, with room for a tile.
-const LONGEST: usize = 1 << 30;
+pub(super) const LONGEST: usize = 1 << 30;
 /// Inputs at most: so many products of codes sum up within 32 bits.
-const MOST_INPUTS: usize = 1 << 17;
+pub(super) const MOST_INPUTS: usize = 1 << 17;
 
 /// Which kernel multiplies int8 by int8.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,8 +88,8 @@ pub fn w8a8_by(
 }
 
 /// The kernel that quantizes rows.
-pub(crate) fn quantize_name(dtype: DType, scale: DType) -> Result<String> {
-    Ok(format!("quantize_{}_{}", short(dtype)?, short(scale)?))
+pub(crate) fn quantize_name(to: Codes, dtype: DType, scale: DType) -> Result<String> {
+    Ok(format!("quantize_{}{}_{}", infix(to), short(dtype)?, short(scale)?))
 }
 
 /// The product's name: of its kernel, or in errors.
@@ -156,7 +158,7 @@ fn run<T: CudaDType + DeviceRepr + 'static, S: CudaDType + DeviceRepr + 'static>
         // SAFETY: `address` held the operands to their memory, and they and the four buffers have the lengths that
         // `shape` says. All lie on `stream`'s device and are ordered by it; the buffers overlap nothing.
         unsafe {
-            quantize(device, shape, (x, scales, stored), &at)?;
+            quantize(device, Codes::Int8, shape, (x, scales, stored), &at)?;
             let done = kernel == Int8Kernel::Fastest && multiply_on_hopper(device, shape, &at)?;
             if !done {
                 multiply(device, shape, &at)?;
@@ -191,14 +193,16 @@ pub(super) struct Addresses {
 ///
 /// # Safety
 /// `x` has `rows · inputs` values of the shape's dtype and begins at a multiple of 16 bytes, `scales` has `outputs`
-/// of its dtype, and `at` is what [`multiply`] wants. All are ordered by `device`'s stream.
-unsafe fn quantize(
+/// of its dtype or is null, which stands for ones, `inputs` is a multiple of 8, and `at` is what [`multiply`] wants. All are
+/// ordered by `device`'s stream.
+pub(super) unsafe fn quantize(
     device: &CudaDevice,
+    to: Codes,
     Shape { rows, outputs, inputs, dtype }: Shape,
     (x, scales, stored): (u64, u64, DType),
     at: &Addresses,
 ) -> Result<()> {
-    let kernel = KERNELS.function(device, &quantize_name(dtype, stored)?)?;
+    let kernel = KERNELS.function(device, &quantize_name(to, dtype, stored)?)?;
     let threads = inputs.div_ceil(KEPT).next_multiple_of(32).min(1024);
     let blocks = rows + outputs.div_ceil(threads);
     let config = LaunchConfig {

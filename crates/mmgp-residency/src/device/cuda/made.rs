@@ -24,8 +24,8 @@ impl Made {
     pub(super) fn of(image: &BlockImage) -> Result<Self> {
         let mut made: Vec<Option<CpuStorage>> = vec![None; image.tensors.len()];
         for (at, tensor) in image.tensors.iter().enumerate() {
-            if tensor.making == Making::Int8Codes {
-                let Some(t) = image.tensors.get(at + 1).filter(|t| t.making == Making::Int8Scales)
+            if matches!(tensor.making, Making::Codes(_)) {
+                let Some(t) = image.tensors.get(at + 1).filter(|t| t.making == Making::Scales)
                 else {
                     return Err(no_way(tensor, "its scales do not follow its codes"));
                 };

@@ -235,7 +235,7 @@ impl Device for Cuda {
         self.0.compute
     }
 
-    /// int8 weights are expanded before they are multiplied by.
+    /// Weights of a byte a number are expanded before they are multiplied by.
     fn expansion(&self, tensor: &ImageTensor) -> Bytes {
         match tensor.dtype {
             DType::U8 => Bytes((tensor.elements() * self.0.compute.size_in_bytes()) as u64),
