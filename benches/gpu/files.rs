@@ -1,6 +1,6 @@
-//! The model's files: random weights in bf16, and the same as int8, each made once.
+//! The model's files: random weights in bf16, the same as int8, and others beside them, each made once.
 //!
-//! Both lie in streaming order. Dense weights are made right there, by all threads at once, each piece
+//! The model's lie in streaming order. Dense weights are made right there, by all threads at once, each piece
 //! where it belongs in a file of the final size; int8 is what [`Pager::save`] makes of them.
 
 use std::{
@@ -18,12 +18,12 @@ use candle_core::Device;
 use mmgp_io::{Checkpoint, Dtype, Overwrite, TensorSpec, disk_space};
 use mmgp_models::flux::{FluxConfig, FluxTransformer};
 use mmgp_quant::{Codes, QuantPolicy};
-use mmgp_residency::{ALIGN, Bytes, ModelBuilder, Pager};
+use mmgp_residency::{ALIGN, Bytes, ModelBuilder, Pager, Sketch};
 use mmgp_synth::values::{self, Float};
 use rayon::prelude::*;
 use serde_json::{Map, Value, json};
 
-use crate::rows::Form;
+use crate::{adapters, rows::Form};
 
 /// What the model is called in its pagers.
 pub(crate) const MODEL: &str = "transformer";
@@ -78,7 +78,7 @@ impl Files {
         if !path.exists() {
             let begun = Instant::now();
             match form {
-                Form::Bf16 => self.make(&path)?,
+                Form::Bf16 => self.make(&self.tensors, &path)?,
                 Form::Int8 | Form::W8a8 => self.quantize(Codes::Int8, &path)?,
                 Form::Fp8 => self.quantize(Codes::Fp8, &path)?,
             }
@@ -89,13 +89,42 @@ impl Files {
         Ok(Arc::new(Checkpoint::open(&path)?))
     }
 
+    /// Another checkpoint of random weights beside it, made when it is not there.
+    ///
+    /// # Errors
+    /// A disk that refuses; a file that is no such checkpoint.
+    pub(crate) fn other(&self, name: &str, tensors: &[TensorSpec]) -> Result<Arc<Checkpoint>> {
+        let path = self.dir.join(format!("{name}.safetensors"));
+        if !path.exists() {
+            self.make(tensors, &path)?;
+        }
+        Ok(Arc::new(Checkpoint::open(&path)?))
+    }
+
+    /// Adapter number `at` of those of one rank for the model, made when it is not there.
+    ///
+    /// # Errors
+    /// A disk that refuses.
+    pub(crate) fn adapter(&self, rank: usize, at: usize) -> Result<PathBuf> {
+        let (config, dir) = (&self.config, &self.dir);
+        let path = dir.join(format!(
+            "flux-{}+{}-{}-lora-{rank}-{at}.safetensors",
+            config.num_layers,
+            config.num_single_layers,
+            config.hidden(),
+        ));
+        if !path.exists() {
+            self.make(&adapters::tensors(&self.tensors, rank), &path)?;
+        }
+        Ok(path)
+    }
+
     /// Writes random weights: every thread makes tensors and puts them in their place.
-    fn make(&self, path: &Path) -> Result<()> {
+    fn make(&self, tensors: &[TensorSpec], path: &Path) -> Result<()> {
         let part = path.with_extension("part");
-        let header = header(&self.tensors)?;
+        let header = header(tensors)?;
         let mut at = header.len() as u64;
-        let placed: Vec<(&TensorSpec, u64)> = self
-            .tensors
+        let placed: Vec<(&TensorSpec, u64)> = tensors
             .iter()
             .map(|spec| {
                 let here = at;
@@ -138,8 +167,13 @@ fn sketch(config: &FluxConfig) -> Result<Vec<TensorSpec>> {
     let pager = Pager::new(&Device::Cpu)?;
     let (builder, sketch) = ModelBuilder::sketch(&pager, MODEL, Dtype::BF16);
     FluxTransformer::new(config, builder)?;
+    Ok(sketched(&sketch))
+}
+
+/// What was asked for, in bf16.
+pub(crate) fn sketched(sketch: &Sketch) -> Vec<TensorSpec> {
     let spec = |(name, shape): (String, Vec<usize>)| TensorSpec::new(name, Dtype::BF16, shape);
-    Ok(sketch.tensors().into_iter().map(spec).collect())
+    sketch.tensors().into_iter().map(spec).collect()
 }
 
 /// Streaming order, as [`Pager::save`] writes it: weights first in each block, what breaks the

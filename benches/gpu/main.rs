@@ -8,6 +8,7 @@
 //! systems that `benches/peers/compare.py` runs. Without a GPU it runs on the host, at a size that a test can bear.
 #![forbid(unsafe_code)]
 
+mod adapters;
 mod card;
 mod chart;
 mod files;
@@ -17,6 +18,7 @@ mod results;
 mod row;
 mod rows;
 mod single;
+mod vae;
 
 use std::{
     env, fs,
@@ -33,6 +35,7 @@ use mmgp_residency::{Budget, Bytes};
 use mmgp_synth::Depth;
 
 use crate::{
+    adapters::Loras,
     files::Files,
     measure::{Alone, Session, system, told, workload},
     results::{Copies, Failed, Results},
@@ -65,6 +68,9 @@ struct Cli {
     /// Only rows of these forms; w8a8 and fp8 have those of int8, and are measured only if they are named
     #[arg(long, value_enum, value_delimiter = ',')]
     forms: Vec<Form>,
+    /// With --budgets: so many random LoRAs of one rank on all layers of attention and feed-forward, such as 8x64
+    #[arg(long, value_name = "COUNTxRANK", requires = "budgets")]
+    loras: Option<Loras>,
     /// Tokens of the text
     #[arg(long, default_value_t = 512)]
     text: usize,
@@ -92,6 +98,12 @@ struct Cli {
     /// Instead, one row of --budgets in which nothing else is on the card, as JSON in this file
     #[arg(long, value_name = "FILE", requires = "budgets", conflicts_with = "resume")]
     alone: Option<PathBuf>,
+    /// Instead, what decoding a picture of --pixels takes, as JSON in this file
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["quick", "all", "budgets", "resume"])]
+    vae: Option<PathBuf>,
+    /// With --vae: the picture's width and height
+    #[arg(long, default_value_t = 1024, requires = "vae")]
+    pixels: usize,
     /// Instead, a table and a picture of what benches/peers/compare.py left in this file
     #[arg(long, value_name = "FILE", conflicts_with_all = ["quick", "all", "budgets", "resume"])]
     peers: Option<PathBuf>,
@@ -150,7 +162,8 @@ impl Cli {
         };
         if !self.budgets.is_empty() {
             let links: Vec<Option<Bytes>> = self.links.iter().map(|link| link.0).collect();
-            return combined(forms, &self.ways, &self.budgets, &self.image, &links);
+            let rows = combined(forms, &self.ways, &self.budgets, &self.image, &links);
+            return rows.into_iter().map(|row| Request { loras: self.loras, ..row }).collect();
         }
         let set = match (self.quick, self.all) {
             (true, _) => Set::Quick,
@@ -179,9 +192,10 @@ fn main() -> ExitCode {
         .with_writer(std::io::stderr)
         .init();
     let cli = Cli::parse();
-    let done = match (&cli.peers, &cli.alone) {
-        (Some(lines), _) => peers::write(lines, &cli.out).map(|()| true),
-        (_, Some(to)) => alone(&cli, to).map(|()| true),
+    let done = match &cli {
+        Cli { peers: Some(lines), .. } => peers::write(lines, &cli.out).map(|()| true),
+        Cli { alone: Some(to), .. } => alone(&cli, to).map(|()| true),
+        Cli { vae: Some(to), .. } => vae(&cli, to).map(|()| true),
         _ => run(&cli),
     };
     match done {
@@ -205,6 +219,12 @@ fn alone(cli: &Cli, to: &Path) -> Result<()> {
     let row = single::measure(&files, &config, cli.device.0, request, cli.text)?;
     let text = serde_json::to_string(&row)?;
     fs::write(to, text).with_context(|| format!("{}", to.display()))
+}
+
+/// Measures a decode, in a process of its own.
+fn vae(cli: &Cli, to: &Path) -> Result<()> {
+    let files = Files::new(cli.dir.as_deref(), &cli.config()?)?;
+    vae::write(&files, cli.device.0, cli.pixels, to)
 }
 
 /// Measures the rows; whether all could be and had the resident run's bytes.
@@ -236,12 +256,11 @@ fn run(cli: &Cli) -> Result<bool> {
     let late = || cli.minutes.is_some_and(|m| begun.elapsed().as_secs_f64() >= m * 60.);
     let all = requests.len();
     let mut at = 0;
-    for rows in requests.chunk_by(|a, b| (a.form, a.way) == (b.form, b.way)) {
+    for rows in requests.chunk_by(|a, b| (a.form, a.way, a.loras) == (b.form, b.way, b.loras)) {
         if late() {
             break;
         }
-        let shared = (rows[0].form, rows[0].way);
-        let mut session = Session::open(&files, &config, cli.device.0, shared, cli.text)?;
+        let mut session = Session::open(&files, &config, cli.device.0, &rows[0], cli.text)?;
         results.card = session.device();
         for request in rows {
             if late() {
@@ -280,7 +299,7 @@ fn run(cli: &Cli) -> Result<bool> {
 
 /// A row, or the median of three if the first is over its bar.
 fn measured(
-    session: &mut Session,
+    session: &mut Session<'_>,
     request: &Request,
     alone: Alone,
 ) -> Result<(Row, Option<Copies>)> {
@@ -351,6 +370,9 @@ mod tests {
         assert!(w8a8.len() == 2 && w8a8.iter().all(|row| row.form == Form::W8a8));
         let fp8 = cli("--quick --forms fp8").requests();
         assert!(fp8.len() == 2 && fp8.iter().all(|row| row.form == Form::Fp8));
+        let adapted = cli("--budgets 4GB --loras 8x64").requests();
+        let loras = Some(Loras { count: 8, rank: 64 });
+        assert!(adapted.len() == 2 && adapted.iter().all(|row| row.loras == loras));
         let own = "--budgets 50%,4GB --image 64,16 --links none,12GB --forms bf16";
         assert_eq!(cli(&format!("{own} --ways ring,pinned")).requests().len(), 16);
         let own = cli(own).requests();
@@ -364,6 +386,9 @@ mod tests {
             "--quick --all",
             "--alone x",
             "--peers x --quick",
+            "--vae x --budgets 4GB",
+            "--pixels 8",
+            "--loras 8x64",
         ] {
             let args = ["bench"].into_iter().chain(wrong.split_whitespace());
             assert!(Cli::try_parse_from(args).is_err(), "{wrong}");

@@ -17,11 +17,13 @@ use anyhow::{Context as _, Result, anyhow, ensure};
 use candle_core::{Device, Tensor};
 use mmgp_benches::random;
 use mmgp_io::Checkpoint;
+use mmgp_lora::AdapterSet;
 use mmgp_models::flux::{FluxConfig, FluxInputs, FluxTransformer, latents};
 use mmgp_quant::Codes;
 use mmgp_residency::{Budget, Bytes, ModelBuilder, ModelPlan, Pager, Report, process_peak};
 
 use crate::{
+    adapters::Loras,
     card::Card,
     chart::PLAIN,
     files::{Files, MODEL},
@@ -36,14 +38,17 @@ const EFFORT: u32 = 100;
 const COPIES: usize = 5;
 
 /// A device, with all weights of a form on it.
-pub(crate) struct Session {
+pub(crate) struct Session<'a> {
     card: Card,
+    files: &'a Files,
     checkpoint: Arc<Checkpoint>,
     config: FluxConfig,
     form: Form,
     way: Way,
+    loras: Option<Loras>,
     text: usize,
     resident: FluxTransformer,
+    _adapters: Option<AdapterSet>,
     /// By tokens of the picture.
     references: BTreeMap<usize, Reference>,
 }
@@ -54,18 +59,19 @@ struct Reference {
     output: Vec<u32>,
 }
 
-impl Session {
-    /// Opens the device and the files of `form`; nothing is read.
+impl<'a> Session<'a> {
+    /// Opens the device and the files for rows of the form, the way and the adapters of `row`; nothing is read.
     ///
     /// # Errors
     /// A device or files that are not to be had.
     pub(crate) fn open(
-        files: &Files,
+        files: &'a Files,
         config: &FluxConfig,
         ordinal: Option<usize>,
-        (form, way): (Form, Way),
+        row: &Request,
         text: usize,
     ) -> Result<Self> {
+        let Request { form, way, loras, .. } = *row;
         let checkpoint = files.open(form)?;
         let locked = match way {
             Way::Pinned => None,
@@ -73,9 +79,21 @@ impl Session {
         };
         let card = Card::open(ordinal, locked)?;
         let resident = model(card.pager(), config, &checkpoint, form)?;
+        let _adapters = loras.map(|loras| loras.attach(files, &resident)).transpose()?;
         resident.pager().plan(Budget::Unlimited)?;
-        let (references, config) = (BTreeMap::new(), config.clone());
-        Ok(Self { card, checkpoint, config, form, way, text, resident, references })
+        Ok(Self {
+            card,
+            files,
+            checkpoint,
+            config: config.clone(),
+            form,
+            way,
+            loras,
+            text,
+            resident,
+            _adapters,
+            references: BTreeMap::new(),
+        })
     }
 
     /// The device's name.
@@ -125,6 +143,7 @@ impl Session {
         let watch = card.watch();
         let begun = Instant::now();
         let streaming = model(&card.pager().beside()?, &self.config, &self.checkpoint, self.form)?;
+        let _adapters = self.loras.map(|loras| loras.attach(self.files, &streaming)).transpose()?;
         let pager = streaming.pager();
         let stream = || streaming.forward(&inputs);
         let plan = pager.plan(request.budget)?;
@@ -422,7 +441,11 @@ pub(crate) fn system(request: &Request) -> String {
     let link = request
         .link
         .map_or(String::new(), |limit| format!(", link at {} GB/s", limit.0 as f64 / 1e9));
-    format!("{PLAIN}{ring}{link}")
+    let loras = request.loras.map_or(String::new(), |Loras { count, rank }| match count {
+        1 => format!(", a LoRA of rank {rank}"),
+        _ => format!(", {count} LoRAs of rank {rank}"),
+    });
+    format!("{PLAIN}{ring}{link}{loras}")
 }
 
 /// A row's system, form, budget and tokens.
@@ -465,5 +488,8 @@ mod tests {
             "mmgp, ring, link at 20 GB/s",
         ];
         assert_eq!(names, expected);
+        let row = Set::Table.requests()[0];
+        let of = |count| system(&Request { loras: Some(Loras { count, rank: 64 }), ..row });
+        assert_eq!([of(1), of(8)], ["mmgp, a LoRA of rank 64", "mmgp, 8 LoRAs of rank 64"]);
     }
 }

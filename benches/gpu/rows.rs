@@ -7,6 +7,8 @@
 use mmgp_residency::{Budget, Bytes};
 use serde::{Deserialize, Serialize};
 
+use crate::adapters::Loras;
+
 /// What weights are in files and slots.
 #[derive(
     Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, clap::ValueEnum,
@@ -56,6 +58,8 @@ pub(crate) struct Request {
     pub(crate) image: usize,
     /// Copies to the device are slowed down to so many bytes per second.
     pub(crate) link: Option<Bytes>,
+    /// What is beside the weights.
+    pub(crate) loras: Option<Loras>,
     pub(crate) steps: Steps,
 }
 
@@ -115,6 +119,7 @@ impl Set {
                 },
                 image,
                 link,
+                loras: None,
                 steps: Steps::for_image(image),
             }));
         };
@@ -174,6 +179,7 @@ pub(crate) fn combined(
                         budget,
                         image,
                         link,
+                        loras: None,
                         steps,
                     }));
                 }

@@ -77,6 +77,7 @@ pub(crate) fn measure(
     let begun = Instant::now();
     let transformer = model(card.pager(), config, &checkpoint, request.form)?;
     let pager = transformer.pager();
+    let _adapters = request.loras.map(|loras| loras.attach(files, &transformer)).transpose()?;
     let plan = pager.plan(request.budget)?;
     card.synchronize()?;
     let load_s = begun.elapsed().as_secs_f64();

@@ -46,17 +46,21 @@ steady = most(story["started"] - 1.5, story["started"])
 least = min(during) - ballast - had
 back = next((at for at, used in card if at > gone and used - ballast >= 0.95 * steady), None)
 after = most(gone, ended)
-# When each step ended, and what it took.
+# What each step took, and when that was told: at its end, or where its steps wait for copies, at that of the next one.
 steps = re.findall(r"^([0-9.]+) step \d+ of \d+: ([0-9.]+) s", text("limited.log"), re.M)
 ends = [float(at) for at, _ in steps]
 times = [float(took) for _, took in steps]
 step = sorted(times)[len(times) // 2]
 
 
+# Memory is looked at every 20 ms, and what it was is read up to so much later.
+SAMPLE = 0.02
+
+
 def within_two_steps(since, until):
     """Whether `until` comes before two steps have ended since."""
     after = [at for at in ends if at > since]
-    return until is not None and len(after) >= 2 and until <= after[1]
+    return until is not None and len(after) >= 2 and until <= after[1] + SAMPLE
 
 
 result = {
@@ -69,6 +73,7 @@ result = {
     "taker_had_bytes": had,
     "taker_waited_s": story["had"] - story["begun"],
     "back_after_s": back - gone if back else None,
+    "steps_ended_after_s": [round(at - gone, 3) for at in ends if at > gone][:3],
     "step_s": step,
     "step_times_s": times,
     "host_rss_bytes": max(rss for _, rss in host),

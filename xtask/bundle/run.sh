@@ -22,6 +22,16 @@
 # decode, at 720x480 and 49 frames or 960x544 and 61. Then a step of diffusers' with group offloading, where Python has
 # diffusers. Needs 34 or 66 GB in $DIR, which are removed after. Leaves video.json in $OUT, and what it was made of.
 #
+#   run.sh --vae
+#
+# decodes pictures of $PIXELS (1024) a side with FLUX' autoencoder here, then in PyTorch where Python has diffusers.
+# Leaves vae.json, an object for each, in $OUT.
+#
+#   run.sh --sanitize [tests]
+#
+# has compute-sanitizer look on while each kernel is tested (cuda_self_test, or the tests that are named): bounds and
+# alignment of what is read and written, then races in shared memory. Takes minutes.
+#
 #   run.sh --peers [options of benches/peers/compare.py]
 #
 # takes steps of that FLUX.1-dev in PyTorch, diffusers, Python mmgp and here, in turn, ours at no more VRAM than each of
@@ -161,6 +171,41 @@ if [ "${1:-}" = --video ]; then
     fi
     python3 "$here/video.py" "$out" "$family" "$limit"
     exit $?
+fi
+
+if [ "${1:-}" = --vae ]; then
+    dir=${DIR:-/dev/shm}/mmgp-vae
+    mkdir -p "$dir" || exit 1
+    trap 'rm -rf "$dir"' EXIT
+    pixels=${PIXELS:-1024}
+    "$here/mmgp-gpu-bench" --vae "$out/vae.json" --pixels "$pixels" --dir "$dir" || exit 1
+    echo >>"$out/vae.json"
+    if python3 -c 'import diffusers' 2>/dev/null; then
+        python3 "$PWD/benches/peers/vae.py" --pixels "$pixels" | tee -a "$out/vae.json"
+    fi
+    exit $?
+fi
+
+if [ "${1:-}" = --sanitize ]; then
+    shift
+    sanitizer=$(command -v compute-sanitizer || echo "$lib/bin/compute-sanitizer")
+    [ -x "$sanitizer" ] || { echo "compute-sanitizer, which comes with the CUDA toolkit, is not there"; exit 1; }
+    export MMGP_TEST_DEVICE=cuda RUST_BACKTRACE=0
+    failed=0
+    for name in "${@:-cuda_self_test}"; do
+        for tool in memcheck racecheck; do
+            begun=$SECONDS
+            if timeout "${LIMIT:-480}" "$sanitizer" --tool $tool --error-exitcode 9 --print-limit 20 \
+                "$here/tests/$name" --test-threads=1 --nocapture >"$out/$name-$tool.log" 2>&1; then
+                echo "$name, $tool: clean, $((SECONDS - begun)) s"
+            else
+                echo "$name, $tool: FAILED ($?), $((SECONDS - begun)) s"
+                grep -a '=========' "$out/$name-$tool.log" | head -n 40
+                failed=1
+            fi
+        done
+    done
+    exit $failed
 fi
 
 if [ "${1:-}" = --peers ]; then

@@ -33,11 +33,22 @@ pub(super) struct Timing {
 #[derive(Default)]
 struct Block {
     clock: Option<Box<dyn Clock>>,
-    /// Seconds of the last two visits, the very first not among them: it pays for whatever is made once.
-    seconds: [Option<f64>; 2],
+    /// Seconds of the last visits, the latest first and the very first not among them: it pays for whatever is
+    /// made once.
+    seconds: [Option<f64>; 3],
     visits: u64,
     /// Whether it was copied before: the first time, files are read and memory is locked meanwhile.
     copied: bool,
+}
+
+impl Block {
+    /// What a visit takes: the middle of the last three, the shorter of two. One that something held up says
+    /// nothing, and the shortest of many would be less than passes take.
+    fn usual(&self) -> Option<f64> {
+        let mut seconds: Vec<f64> = self.seconds.into_iter().flatten().collect();
+        seconds.sort_unstable_by(f64::total_cmp);
+        seconds.get(seconds.len().saturating_sub(1) / 2).copied()
+    }
 }
 
 /// The rates of recent copies.
@@ -142,7 +153,7 @@ impl Timing {
     pub(super) fn forget_blocks(&mut self) {
         self.read_all();
         for block in &mut self.blocks {
-            (block.seconds, block.visits) = ([None; 2], 0);
+            (block.seconds, block.visits) = ([None; 3], 0);
         }
         self.outside = 0.;
     }
@@ -155,11 +166,7 @@ impl Timing {
     /// What a pass over `blocks` blocks costs, once each was measured and something was copied.
     pub(super) fn costs(&self, blocks: usize) -> Option<PassCosts> {
         let measured = self.blocks.get(1..=blocks)?;
-        let least = |b: &Block| match b.seconds {
-            [Some(a), Some(b)] => Some(a.min(b)),
-            [a, b] => a.or(b),
-        };
-        let blocks = measured.iter().map(least).collect::<Option<Vec<f64>>>()?;
+        let blocks = measured.iter().map(Block::usual).collect::<Option<Vec<f64>>>()?;
         Some(PassCosts { blocks, outside: self.outside, link: self.link.rate()? })
     }
 
@@ -173,9 +180,8 @@ impl Timing {
         b.visits += 1;
         if b.visits > 1 {
             let seconds = times.computed.as_secs_f64();
-            let usual = b.seconds.into_iter().flatten().reduce(f64::min);
-            self.slow |= usual.is_some_and(|usual| seconds > SLOW * usual);
-            b.seconds = [Some(seconds), b.seconds[0]];
+            self.slow |= b.usual().is_some_and(|usual| seconds > SLOW * usual);
+            b.seconds = [Some(seconds), b.seconds[0], b.seconds[1]];
         }
         if block > 0 {
             self.stalled += times.stalled;
@@ -187,6 +193,16 @@ impl Timing {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn one_visit_that_was_held_up_changes_nothing() {
+        let of = |seconds| Block { seconds, ..Block::default() }.usual();
+        assert_eq!(of([None; 3]), None);
+        assert_eq!(of([Some(2.), None, None]), Some(2.));
+        assert_eq!(of([Some(9.), Some(2.), None]), Some(2.));
+        assert_eq!(of([Some(2.), Some(9.), Some(3.)]), Some(3.));
+        assert_eq!(of([Some(2.), Some(1.), Some(3.)]), Some(2.));
+    }
 
     #[test]
     fn a_link_that_is_slow_for_a_moment_keeps_its_rate() {

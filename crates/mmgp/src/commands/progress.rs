@@ -32,19 +32,22 @@ impl Progress {
                     "warning: the prompt is longer than the {limit} tokens that {encoder} sees; cut: {text:?}"
                 );
             }),
-            Event::Step { index: 0, of } => {
-                if let Ok(style) =
-                    ProgressStyle::with_template("{bar:30} step {pos}/{len}  {msg}  {elapsed_precise}")
+            Event::Step { index, of } => {
+                if *index == 0
+                    && let Ok(style) = ProgressStyle::with_template(
+                        "{bar:30} step {pos}/{len}  {msg}  {elapsed_precise}",
+                    )
                 {
                     self.bar.set_style(style);
                     self.bar.set_length(*of as u64);
+                    self.bar.set_message("");
                 }
-                self.bar.set_message("");
+                self.bar.set_position(*index as u64);
             }
             Event::Stepped { index, of, took } => {
                 self.steps.push(*took);
                 let (done, took) = (index + 1, took.as_secs_f64());
-                self.bar.set_position(done as u64);
+                self.bar.set_position(self.bar.position().max(done as u64));
                 self.bar.set_message(format!("{took:.2} s/step"));
                 if self.lines {
                     eprintln!("step {done} of {of}: {took:.2} s");
