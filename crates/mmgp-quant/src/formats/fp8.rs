@@ -66,8 +66,8 @@ impl Format for Fp8 {
             (codes, Some(source.tensor(&scales, Form::AsStored)?))
         } else {
             for part in parts {
-                let layer = part.name.strip_suffix(".weight").unwrap_or(&part.name);
-                let names = Self::OTHERS.map(|leaf| format!("{layer}.{leaf}"));
+                let layer = part.name.strip_suffix("weight").unwrap_or(&part.name);
+                let names = Self::OTHERS.map(|leaf| format!("{layer}{leaf}"));
                 if let Some((name, other)) =
                     names.iter().find_map(|name| Some((name, source.stored(name)?)))
                 {
