@@ -1,6 +1,6 @@
 //! A region of VRAM that holds one block at a time, and the copies into it.
 
-use std::{collections::HashMap, ops::Range, sync::Arc, time::Duration};
+use std::{collections::HashMap, ops::Range, sync::Arc};
 
 use candle_core::{
     Storage, Tensor, TensorId,
