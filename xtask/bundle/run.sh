@@ -30,7 +30,7 @@
 #   run.sh --sanitize [tests]
 #
 # has compute-sanitizer look on while each kernel is tested (cuda_self_test, or the tests that are named): bounds and
-# alignment of what is read and written, then races in shared memory. Takes minutes.
+# alignment of what is read and written, then races in shared memory.
 #
 #   run.sh --peers [options of benches/peers/compare.py]
 #
