@@ -27,6 +27,12 @@
 # decodes pictures of $PIXELS (1024) a side with FLUX' autoencoder here, then in PyTorch where Python has diffusers.
 # Leaves vae.json, an object for each, in $OUT.
 #
+#   run.sh --trace [forms]
+#
+# writes down what the GPU does in steps of that FLUX.1-dev with all weights on the card, 4096 + 512 tokens, in each of the
+# forms (bf16): how long it is idle, and which kernels take how long. Needs a C compiler, and CUPTI, of the CUDA toolkit or of
+# Python's packages. Leaves trace-FORM.json in $OUT.
+#
 #   run.sh --sanitize [tests]
 #
 # has compute-sanitizer look on while each kernel is tested (cuda_self_test, or the tests that are named): bounds and
@@ -184,6 +190,34 @@ if [ "${1:-}" = --vae ]; then
         python3 "$PWD/benches/peers/vae.py" --pixels "$pixels" | tee -a "$out/vae.json"
     fi
     exit $?
+fi
+
+if [ "${1:-}" = --trace ]; then
+    shift
+    cupti=$lib/extras/CUPTI
+    if [ ! -e "$cupti/include/cupti.h" ]; then
+        cupti=$(python3 -c 'import nvidia.cu13 as c; print(list(c.__path__)[0])' 2>/dev/null)
+    fi
+    [ -e "$cupti/include/cupti.h" ] || { echo "CUPTI's headers are neither in $lib nor in Python's packages"; exit 1; }
+    trace=$(mktemp -d) || exit 1
+    trap 'rm -rf "$trace"' EXIT
+    cc -shared -fPIC -O2 -I"$cupti/include" -I"$lib/targets/x86_64-linux/include" -I"$lib/include" \
+        "$here/trace.c" -o "$trace/trace.so" -L"$cupti/lib64" -L"$cupti/lib" -l:libcupti.so.13 || exit 1
+    failed=0
+    for form in "${@:-bf16}"; do
+        row=(--forms "$form" --budgets unlimited --image 4096 --alone "$out/traced-$form.json")
+        [ -n "${DIR:-}" ] && row+=(--dir "$DIR")
+        if LD_LIBRARY_PATH="$cupti/lib64:$cupti/lib:$LD_LIBRARY_PATH" MMGP_TRACE=$trace/$form \
+            CUDA_INJECTION64_PATH=$trace/trace.so "$here/mmgp-gpu-bench" "${row[@]}" >"$out/traced-$form.log" 2>&1; then
+            echo "$form:"
+            python3 "$here/trace.py" "$trace/$form" "$out/trace-$form.json" || failed=1
+        else
+            echo "$form: the row failed"
+            tail -n 20 "$out/traced-$form.log"
+            failed=1
+        fi
+    done
+    exit $failed
 fi
 
 if [ "${1:-}" = --sanitize ]; then

@@ -29,7 +29,7 @@ const PROGRAMS: [(&str, &str); 3] =
     [("mmgp", "mmgp-cuda"), ("mmgp-gpu-bench", "mmgp-gpu-bench"), ("mmgp-synth", "mmgp-synth")];
 
 /// Scripts that go with them.
-const SCRIPTS: [&str; 4] = ["run.sh", "vram.py", "memory.py", "video.py"];
+const SCRIPTS: [&str; 6] = ["run.sh", "vram.py", "memory.py", "video.py", "trace.c", "trace.py"];
 
 /// Programs and tests hold the same code, so the dictionary spans several of them.
 const XZ: &str = "--lzma2=preset=6,dict=256MiB -T1";

@@ -11,9 +11,10 @@ use std::{
 
 use candle_core::{CudaDevice, D, DType, Device, Result, Tensor};
 use mmgp_models::nn::{
-    self, Activation, Conv2d, GroupNorm, HeadRows, Heads, LayerNorm, RmsNorm, Rope, Window, cuda,
+    self, Activation, Conv2d, GroupNorm, HeadRows, Heads, LayerNorm, Projected, RmsNorm, Rope,
+    Window, cuda,
 };
-use mmgp_quant::{MemorySource, Weights};
+use mmgp_quant::{Bias, MemorySource, Weights};
 
 const EPS: f64 = 1e-6;
 const DTYPES: [DType; 3] = [DType::BF16, DType::F16, DType::F32];
@@ -230,9 +231,138 @@ fn cuda_gates_and_activations_equal_the_cpu() {
                     function.apply_times(&half(0)?.contiguous()?, &half(1)?.contiguous()?)
                 });
             }
-            twins(&device, "join_gelu", dtype, &[x, both], |_, _, t| {
-                nn::join_gelu(&t[0], &t[1], width / 2)
-            });
+        }
+    }
+}
+
+/// Within products or behind them: to what the dtype's rounding before GELU, and a tanh off by 2^-10, may cost.
+#[test]
+fn cuda_gelu_of_a_layer_is_near_the_cpu() {
+    let (device, _guard) = gpu();
+    let there = Device::Cuda(device.clone());
+    let mut random = Random(5);
+    for dtype in DTYPES {
+        for (batch, tokens, own, inputs, outputs) in
+            [(1, 77, 24, 64, 96), (2, 5, 128, 512, 256), (1, 3, 7, 12, 31), (1, 130, 8, 40, 16)]
+        {
+            let x = random.tensor(&[batch, tokens, inputs], dtype);
+            let a = random.tensor(&[batch, tokens, own], dtype);
+            let w = random.tensor(&[outputs, inputs], dtype);
+            let w = (w / (inputs as f64).sqrt()).unwrap().to_dtype(dtype).unwrap();
+            let (w, b) = (w.to_dtype(DType::F32).unwrap(), random.tensor(&[outputs], dtype));
+            let layer = |device: &Device, dtype| {
+                let weights = weights(device, dtype, &[("weight", &w), ("bias", &b)]);
+                weights.linear(inputs, outputs, Bias::Yes).unwrap()
+            };
+            let (here, layer_there) = (layer(&Device::Cpu, DType::F32), layer(&there, dtype));
+            let moved = |t: &Tensor| t.to_dtype(dtype).unwrap().to_device(&there).unwrap();
+            cuda::enable(&device);
+            let joined = nn::join_gelu(&moved(&a), &layer_there, &moved(&x)).unwrap();
+            let alone = Activation::GeluTanh.of(&layer_there, &moved(&x)).unwrap();
+            let again = nn::join_gelu(&moved(&a), &layer_there, &moved(&x)).unwrap();
+            cuda::disable(&device);
+            let values = |t: &Tensor| {
+                let t = t.to_device(&Device::Cpu).unwrap().to_dtype(DType::F32).unwrap();
+                t.flatten_all().unwrap().to_vec1::<f32>().unwrap()
+            };
+            assert!(values(&joined) == values(&again), "other bits");
+            let before = here.forward(&x).unwrap();
+            let want = before.gelu().unwrap();
+            let beside = joined.narrow(2, own, outputs).unwrap();
+            assert_eq!(values(&joined.narrow(2, 0, own).unwrap()), values(&a));
+            assert_eq!(values(&beside), values(&alone), "{tokens} of {inputs}, {dtype:?}");
+            let rounding = match dtype {
+                DType::BF16 => 2f32.powi(-8),
+                DType::F16 => 2f32.powi(-11),
+                _ => 2f32.powi(-20),
+            };
+            let card = if dtype == DType::F32 { 0. } else { 2f32.powi(-10) };
+            let mut most = 0f32;
+            for ((got, want), before) in
+                values(&alone).into_iter().zip(values(&want)).zip(values(&before))
+            {
+                let allowed = 2.2 * rounding * before.abs() + card * before.abs() + 1e-5;
+                let error = (got - want).abs();
+                most = most.max(error);
+                assert!(error <= allowed, "{tokens} of {inputs}, {dtype:?}: {got} for {want}");
+            }
+            println!("GELU of [{tokens}, {inputs}] to {outputs}, {dtype:?}: off by {most:.1e}");
+        }
+    }
+}
+
+/// Queries, keys and values of one stream and of two, which products write into one tensor where they may, are what they
+/// are apart.
+#[test]
+fn cuda_projections_are_near_the_cpu() {
+    let (device, _guard) = gpu();
+    let there = Device::Cuda(device.clone());
+    let mut random = Random(6);
+    for dtype in DTYPES {
+        for (batch, lengths, count, dim) in [
+            (1, vec![9], 2, 64),
+            (1, vec![5, 70], 3, 128),
+            (2, vec![6], 2, 128),
+            (2, vec![3, 4], 2, 64),
+            (1, vec![4, 8], 2, 6),
+        ] {
+            let heads = Heads { count, dim };
+            let (width, inputs) = (heads.width(), 32);
+            let total: usize = lengths.iter().sum();
+            let ids = (random.tensor(&[total, 1], DType::F32) * 50.).unwrap();
+            let ids = ids.round().unwrap();
+            let streams: Vec<[Tensor; 5]> = lengths
+                .iter()
+                .map(|&tokens| {
+                    let w = random.tensor(&[3 * width, inputs], dtype);
+                    let x = apart(&random.tensor(&[batch, tokens, inputs], dtype), dtype);
+                    let bias = apart(&random.tensor(&[3 * width], dtype), dtype);
+                    [x, w, bias, random.tensor(&[dim], dtype), random.tensor(&[dim], dtype)]
+                })
+                .collect();
+            let run = |device: &Device, dtype: DType| {
+                let rope = Rope::new(&ids, &[dim], 10_000., device).unwrap();
+                let mut made = Vec::new();
+                let mut first = 0;
+                for ([x, w, bias, q, k], &tokens) in streams.iter().zip(&lengths) {
+                    let all = [("weight", w), ("bias", bias)];
+                    let linear = weights(device, dtype, &all).linear(inputs, 3 * width, Bias::Yes);
+                    let norm = |weight: &Tensor| {
+                        RmsNorm::new(&weights(device, dtype, &[("weight", weight)]), dim, EPS)
+                    };
+                    let x = x.to_dtype(dtype).unwrap().to_device(device).unwrap();
+                    let rope = rope.narrow(first, tokens).unwrap();
+                    first += tokens;
+                    made.push((x, linear.unwrap(), norm(q).unwrap(), norm(k).unwrap(), rope));
+                }
+                let streams: Vec<Projected<'_>> = made
+                    .iter()
+                    .map(|(x, linear, q, k, rope)| Projected { linear, x, norms: [q, k], rope })
+                    .collect();
+                heads.project(&streams).unwrap()
+            };
+            let want = run(&Device::Cpu, DType::F32);
+            cuda::enable(&device);
+            let got = run(&there, dtype);
+            cuda::disable(&device);
+            let apart = run(&there, dtype);
+            for ((got, want), apart) in got.iter().zip(&want).zip(&apart) {
+                assert_eq!((got.dims(), got.dtype()), (want.dims(), dtype));
+                let far = |t: &Tensor| {
+                    let t = t.to_device(&Device::Cpu).unwrap().to_dtype(DType::F32).unwrap();
+                    let far = (&t - want).unwrap().abs().unwrap().max_all().unwrap();
+                    far.to_scalar::<f32>().unwrap()
+                };
+                let allowed = match dtype {
+                    DType::BF16 => 0.06,
+                    DType::F16 => 0.008,
+                    _ => 2e-4,
+                };
+                let size = want.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+                let what = format!("{heads:?} of {lengths:?}, {dtype:?}");
+                assert!(far(got) <= allowed * size, "{what}: {} of {size}", far(got));
+                assert!(far(apart) <= allowed * size, "{what}, apart: {} of {size}", far(apart));
+            }
         }
     }
 }
@@ -287,7 +417,13 @@ fn cuda_nn_times() {
     let (x, y) = (tensor(&[1, tokens, width]), tensor(&[1, tokens, width]));
     let (vector, weight) = (tensor(&[1, width]), tensor(&[128]));
     let rows = tensor(&[1, tokens, 3 * width]);
-    let all = tensor(&[1, tokens, 7 * width]);
+    let layer = |outputs: usize| {
+        let source = MemorySource::new(&there)
+            .with("weight", tensor(&[outputs, width]))
+            .with("bias", tensor(&[outputs]));
+        Weights::new(source).linear(width, outputs, Bias::Yes).unwrap()
+    };
+    let (qkv, up) = (layer(3 * width), layer(4 * width));
     let hidden = tensor(&[1, tokens, 4 * width]);
     let source = MemorySource::new(&there).with("weight", weight).with("bias", tensor(&[128]));
     let weights = Weights::new(source);
@@ -332,7 +468,20 @@ fn cuda_nn_times() {
             12 * one,
             Box::new(|| Activation::GeluTanh.apply_times(&hidden, &hidden)),
         ),
-        ("join_gelu", 10 * one, Box::new(|| nn::join_gelu(&x, &all, 3 * width))),
+        (
+            "q, k, v: product, norm, rope",
+            7 * one,
+            Box::new(|| {
+                let norms = [&norm, &norm];
+                let stream = Projected { linear: &qkv, x: &x, norms, rope: &rope };
+                let [q, ..] = heads.project(&[stream])?;
+                Ok(q)
+            }),
+        ),
+        ("their product", 4 * one, Box::new(|| qkv.forward(&x))),
+        ("up: product, GELU", 5 * one, Box::new(|| Activation::GeluTanh.of(&up, &x))),
+        ("up: product", 5 * one, Box::new(|| up.forward(&x))),
+        ("up: joined", 7 * one, Box::new(|| nn::join_gelu(&y, &up, &x))),
         (
             "group norm, silu, in place",
             3 * picture.elem_count(),

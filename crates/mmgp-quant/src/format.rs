@@ -28,6 +28,16 @@ pub trait Format: Send + Sync {
     fn open(&self, weights: &Weights, parts: &[Part]) -> Result<Box<dyn QuantTensor>>;
 }
 
+/// What a product does with each output, bias included, before it rounds and writes it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Epilogue {
+    /// Nothing.
+    #[default]
+    None,
+    /// GELU, approximated by tanh ([GELU](https://arxiv.org/abs/1606.08415), section 2).
+    GeluTanh,
+}
+
 /// The weight of a linear layer, `[outputs, inputs]`, in some number format.
 ///
 /// Its tensors may be bound to other memory between calls (never during one), so an implementation
@@ -45,6 +55,22 @@ pub trait QuantTensor: Send + Sync {
     /// # Errors
     /// Whatever the tensor library refuses; weights that are not leased.
     fn product(&self, x: &Tensor, bias: Option<&Tensor>) -> candle_core::Result<Tensor>;
+
+    /// The same with an epilogue, into `y`: `[rows, outputs]` in the compute dtype, the values of a row side by side, which may be
+    /// columns of a wider tensor and shares its memory with no operand. `false`, with `y` as it was, where the device does not
+    /// do that in one pass: which is decided by shapes, strides and dtypes alone.
+    ///
+    /// # Errors
+    /// Those of [`product`](Self::product); a `y` of another shape.
+    fn product_into(
+        &self,
+        _x: &Tensor,
+        _bias: Option<&Tensor>,
+        _epilogue: Epilogue,
+        _y: &Tensor,
+    ) -> candle_core::Result<bool> {
+        Ok(false)
+    }
 
     /// The weight that this stands for, dense `[outputs, inputs]`, in the dtype that the format
     /// decodes to. Takes the memory of the whole weight.

@@ -41,7 +41,7 @@ mod weights;
 pub use card::Card;
 pub use codes::Codes;
 pub use error::{Error, Result};
-pub use format::{Format, QuantTensor, formats};
+pub use format::{Epilogue, Format, QuantTensor, formats};
 #[cfg(feature = "cuda")]
 pub use kernels::cuda::{
     Int8Kernel, KernelImage, disable_fp8, enable_fp8, fp8_enabled, fp8_multiplies, fp8_product,

@@ -5,8 +5,8 @@ use std::fmt;
 use candle_core::{Module, Tensor};
 
 use crate::{
-    Error, Form, Part, QuantTensor, Result, SideSlot, Target, TargetPart, Weights, formats,
-    join_parts,
+    Epilogue, Error, Form, Part, QuantTensor, Result, SideSlot, Target, TargetPart, Weights,
+    formats, join_parts,
 };
 
 /// Whether a layer has a bias.
@@ -97,6 +97,37 @@ impl Linear {
         let x = x.contiguous()?.reshape((rows, self.inputs))?;
         let y = self.weight.product(&x, self.bias.as_ref())?;
         self.side.apply(&x, y)?.reshape(dims)
+    }
+
+    /// The same with an epilogue behind the bias, into `y`: `[rows, outputs]`, the values of a row side by side, which may be
+    /// columns of a wider tensor and shares its memory with neither `x` nor the weights. `x` is `[…, inputs]` of as many rows.
+    ///
+    /// `false`, with `y` as it was, where that takes more than one pass: on devices without such products, and while a side adds
+    /// to the layer, which it would have to do before the epilogue.
+    ///
+    /// # Errors
+    /// Those of [`forward`](Self::forward); a `y` of another shape.
+    pub fn forward_into(
+        &self,
+        x: &Tensor,
+        epilogue: Epilogue,
+        y: &Tensor,
+    ) -> candle_core::Result<bool> {
+        let rows = x.elem_count() / self.inputs.max(1);
+        if x.dims().last() != Some(&self.inputs) || y.dims() != [rows, self.outputs] {
+            candle_core::bail!(
+                "linear: input {:?}, weight [{}, {}], output {:?}",
+                x.dims(),
+                self.outputs,
+                self.inputs,
+                y.dims()
+            );
+        }
+        if self.side.is_taken() {
+            return Ok(false);
+        }
+        let x = x.contiguous()?.reshape((rows, self.inputs))?;
+        self.weight.product_into(&x, self.bias.as_ref(), epilogue, y)
     }
 
     /// The width of the input.

@@ -67,6 +67,12 @@ pub fn self_test(device: &candle_core::CudaDevice) -> Result<()> {
             }
         }
     }
+    for activated in ACTIVATED {
+        for dtype in [DType::BF16, DType::F16] {
+            on_gpu::activated_product(device, &activated, dtype)?;
+            on_gpu::activated_w8a8(device, &activated, dtype)?;
+        }
+    }
     Ok(())
 }
 
@@ -89,6 +95,11 @@ pub fn self_test_fp8(device: &candle_core::CudaDevice) -> Result<()> {
             for scale in [Some(DType::BF16), None] {
                 on_gpu::fp8(device, shape, dtype, scale)?;
             }
+        }
+    }
+    for activated in ACTIVATED {
+        for dtype in [DType::BF16, DType::F16] {
+            on_gpu::activated_fp8(device, &activated, dtype)?;
         }
     }
     Ok(())
@@ -158,6 +169,36 @@ const FP8_ROWS: [(usize, usize, usize); 4] =
 /// `(rows, outputs, inputs)` of products in fp8: one row and few, tiles that are cut.
 const FP8: [(usize, usize, usize); 6] =
     [(1, 64, 96), (3, 144, 16), (77, 272, 336), (300, 48, 128), (128, 256, 256), (77, 32, 1040)];
+
+/// A product with GELU behind it that goes into columns.
+struct Activated {
+    rows: usize,
+    inputs: usize,
+    /// As [`Added`] has it.
+    y: (usize, usize, usize),
+}
+
+/// Columns behind and before others, all columns, one row; outputs that cut tiles.
+const ACTIVATED: [Activated; 4] = [
+    Activated { rows: 77, inputs: 256, y: (272, 64, 144) },
+    Activated { rows: 300, inputs: 128, y: (336, 256, 80) },
+    Activated { rows: 129, inputs: 96, y: (80, 0, 80) },
+    Activated { rows: 1, inputs: 64, y: (96, 16, 64) },
+];
+
+/// GELU by tanh of what a product is nearly, and how far one in `dtype` may be from it: its slope is at most 1.13, and the
+/// library's tanh is the card's, off by 2^-10.
+#[cfg(feature = "cuda")]
+fn activated(expected: &mut [(f32, f32)], dtype: DType) {
+    let step = if dtype == DType::BF16 { 2f32.powi(-8) } else { 2f32.powi(-11) };
+    for (value, allowed) in expected {
+        let v = f64::from(*value);
+        let inner = (2. / std::f64::consts::PI).sqrt() * (v + 0.044715 * v.powi(3));
+        let gelu = (0.5 * v * (1. + inner.tanh())) as f32;
+        *allowed = 1.13 * *allowed + step * gelu.abs() + 2f32.powi(-10) * value.abs();
+        *value = gelu;
+    }
+}
 
 /// Values of both signs between 1/16 and 16, the same for the same seed, rounded to `dtype`.
 fn values(len: usize, seed: u32, dtype: DType) -> Vec<f32> {

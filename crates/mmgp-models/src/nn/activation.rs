@@ -4,6 +4,7 @@
 //! on one thread; the others are the tensor library's.
 
 use candle_core::{D, DType, Result, Tensor};
+use mmgp_quant::Linear;
 
 use crate::nn::cpu;
 #[cfg(feature = "cuda")]
@@ -64,6 +65,21 @@ impl Activation {
         map(x, kernel)
     }
 
+    /// Applies it to what `linear` makes of `x`: within the product, on GPUs where that is done.
+    ///
+    /// # Errors
+    /// Those of [`Linear::forward`].
+    pub fn of(self, linear: &Linear, x: &Tensor) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if self == Self::GeluTanh
+            && cuda::take(&[x])
+            && let Some(y) = cuda::gelu_of(linear, x)?
+        {
+            return Ok(y);
+        }
+        self.apply(&linear.forward(x)?)
+    }
+
     /// Applies it to each element of `gate` and multiplies by `x`, which has the same shape: a gated linear
     /// unit ([GLU Variants Improve Transformer](https://arxiv.org/abs/2002.05202)).
     ///
@@ -108,27 +124,30 @@ impl Activation {
     }
 }
 
-/// `[a, gelu_tanh(x[…, first..])]` along the last dimension: what the output projection of a fused
-/// attention and feed-forward block reads.
+/// `[a, gelu_tanh(linear(x))]` along the last dimension: what the output projection of a fused attention and
+/// feed-forward block reads.
 ///
-/// `a` is `[batch, tokens, n]`, `x` `[batch, tokens, first + m]`, the result `[batch, tokens, n + m]`.
+/// `a` is `[batch, tokens, n]`, `x` `[batch, tokens, inputs of the layer]`, the result `[batch, tokens, n + outputs]`.
 ///
 /// # Errors
-/// Shapes that do not fit each other.
-pub fn join_gelu(a: &Tensor, x: &Tensor, first: usize) -> Result<Tensor> {
-    let (batch, tokens, n) = a.dims3()?;
-    let (xb, xt, width) = x.dims3()?;
-    if (xb, xt) != (batch, tokens) || first > width {
-        candle_core::bail!("join_gelu: {:?} and {:?} from {first}", a.dims(), x.dims());
+/// Shapes that do not fit each other; weights that are not leased.
+pub fn join_gelu(a: &Tensor, linear: &Linear, x: &Tensor) -> Result<Tensor> {
+    let (batch, tokens, _) = a.dims3()?;
+    if x.dims() != [batch, tokens, linear.inputs()] {
+        candle_core::bail!("join_gelu: {:?} and {:?} for {linear:?}", a.dims(), x.dims());
     }
-    let m = width - first;
     #[cfg(feature = "cuda")]
     if cuda::take(&[a, x]) {
-        return cuda::join_gelu(a, x, first);
+        return cuda::join_gelu_of(a, linear, x);
     }
+    joined_gelu(a, &linear.forward(x)?)
+}
+
+/// `[a, gelu_tanh(x)]` along the last dimension of `[batch, tokens, …]` each, by the CPU's kernel or the tensor library.
+pub(crate) fn joined_gelu(a: &Tensor, x: &Tensor) -> Result<Tensor> {
+    let ((batch, tokens, n), (.., m)) = (a.dims3()?, x.dims3()?);
     if !x.device().is_cpu() || x.dtype() != DType::F32 {
-        let x = x.narrow(D::Minus1, first, m)?.contiguous()?.gelu()?;
-        return Tensor::cat(&[a, &x], D::Minus1);
+        return Tensor::cat(&[a, &x.contiguous()?.gelu()?], D::Minus1);
     }
     let (a, x) = (a.contiguous()?, x.contiguous()?);
     let mut out = vec![0f32; batch * tokens * (n + m)];
@@ -136,7 +155,7 @@ pub fn join_gelu(a: &Tensor, x: &Tensor, first: usize) -> Result<Tensor> {
         cpu::read(&x, |x| {
             cpu::rows(&mut out, n + m, |i, row| {
                 row[..n].copy_from_slice(&a[i * n..(i + 1) * n]);
-                let from = &x[i * width + first..(i + 1) * width];
+                let from = &x[i * m..(i + 1) * m];
                 row[n..].iter_mut().zip(from).for_each(|(y, &v)| *y = gelu_tanh(v));
             });
             Ok(())
@@ -176,6 +195,7 @@ fn gelu_tanh(v: f32) -> f32 {
 #[cfg(test)]
 mod tests {
     use candle_core::Device;
+    use mmgp_quant::{Bias, MemorySource, Weights};
 
     use super::*;
 
@@ -219,14 +239,20 @@ mod tests {
     }
 
     #[test]
-    fn join_gelu_equals_its_parts() -> Result<()> {
+    fn what_a_layer_makes_is_activated_and_joined() -> mmgp_quant::Result<()> {
         let dev = Device::Cpu;
         let a = Tensor::randn(0f32, 1., (2, 3, 4), &dev)?;
-        let x = Tensor::randn(0f32, 1., (2, 3, 11), &dev)?;
-        let want = Tensor::cat(&[&a, &x.narrow(2, 6, 5)?.gelu()?], 2)?;
-        let worst = (join_gelu(&a, &x, 6)? - want)?.abs()?.max_all()?.to_scalar::<f32>()?;
-        assert!(worst < 1e-6, "{worst}");
-        assert!(join_gelu(&a, &x, 12).is_err());
+        let x = Tensor::randn(0f32, 1., (2, 3, 6), &dev)?;
+        let source = MemorySource::new(&dev)
+            .with("weight", Tensor::randn(0f32, 1., (5, 6), &dev)?)
+            .with("bias", Tensor::randn(0f32, 1., 5, &dev)?);
+        let linear = Weights::new(source).linear(6, 5, Bias::Yes)?;
+        let activated = linear.forward(&x)?.gelu()?;
+        let far = |got: &Tensor, want: &Tensor| (got - want)?.abs()?.max_all()?.to_scalar::<f32>();
+        assert!(far(&Activation::GeluTanh.of(&linear, &x)?, &activated)? < 1e-6);
+        let want = Tensor::cat(&[&a, &activated], 2)?;
+        assert!(far(&join_gelu(&a, &linear, &x)?, &want)? < 1e-6);
+        assert!(join_gelu(&a, &linear, &x.narrow(1, 0, 2)?).is_err());
         Ok(())
     }
 }

@@ -35,7 +35,7 @@ impl FeedForward {
     /// # Errors
     /// An input of another width; weights that are not leased.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.down.forward(&self.activation.apply(&self.up.forward(x)?)?)
+        self.down.forward(&self.activation.of(&self.up, x)?)
     }
 }
 

@@ -4,6 +4,7 @@
 //! Each function makes one pass over memory where the tensor library would make three to five.
 
 use candle_core::{D, DType, Result, Tensor};
+use mmgp_quant::Linear;
 
 use crate::nn::{RmsNorm, Rope, cpu, norms::rms_row};
 #[cfg(feature = "cuda")]
@@ -76,6 +77,57 @@ impl Heads {
             1 => Ok(split.remove(0)),
             _ => Tensor::cat(&split, 2),
         }
+    }
+
+    /// Queries, keys and values of several streams, the tokens of one behind those of another:
+    /// `[batch, heads, tokens of all, dim]` each. On GPUs they may be views of one tensor, into which products write and in
+    /// which a kernel turns.
+    ///
+    /// # Errors
+    /// Those of [`join`](Self::join), and of the products; a layer with other outputs than three times as many as the
+    /// heads have values.
+    pub fn project(self, streams: &[Projected<'_>]) -> Result<[Tensor; 3]> {
+        let width = self.width();
+        for &Projected { linear, x, rope, .. } in streams {
+            let (_, tokens, inputs) = x.dims3()?;
+            let fits = linear.inputs() == inputs && linear.outputs() == 3 * width;
+            if !fits || rope.tokens() != tokens || rope.half() * 2 != self.dim {
+                candle_core::bail!(
+                    "heads: {self:?} of {linear:?} over {:?}, rope for {} tokens of {}",
+                    x.dims(),
+                    rope.tokens(),
+                    rope.half() * 2
+                );
+            }
+        }
+        #[cfg(feature = "cuda")]
+        {
+            let mut all: Vec<&Tensor> = streams.iter().map(|stream| stream.x).collect();
+            all.extend(streams.iter().flat_map(|stream| stream.norms.map(RmsNorm::weight)));
+            // The kernel turns neighbours.
+            let turns = streams.iter().all(|stream| stream.rope.pairs() == Pairs::Neighbours);
+            if turns
+                && cuda::take(&all)
+                && let Some(heads) = cuda::project(self, streams)?
+            {
+                return Ok(heads);
+            }
+        }
+        let rows = streams.iter().map(|stream| stream.linear.forward(stream.x));
+        let rows = rows.collect::<Result<Vec<_>>>()?;
+        let parts = |first: usize, norm: Option<usize>| {
+            let mut parts = Vec::with_capacity(streams.len());
+            for (rows, stream) in rows.iter().zip(streams) {
+                let (norm, rope) = (norm.map(|at| stream.norms[at]), norm.map(|_| stream.rope));
+                parts.push(HeadRows { rows, first, norm, rope });
+            }
+            parts
+        };
+        let v = match rows.as_slice() {
+            [rows] => self.split(rows, 2 * width, None, None)?,
+            _ => self.join(&parts(2 * width, None))?,
+        };
+        Ok([self.join(&parts(0, Some(0)))?, self.join(&parts(width, Some(1)))?, v])
     }
 
     /// The heads as a view of `x`, where they lie in it as in rows of heads.
@@ -173,6 +225,19 @@ impl Heads {
             None => Ok(x),
         }
     }
+}
+
+/// A stream whose heads attend: the layer that makes queries, keys and values of it side by side, and what becomes of them.
+#[derive(Clone, Copy, Debug)]
+pub struct Projected<'a> {
+    /// Three times as many outputs as the heads have values.
+    pub linear: &'a Linear,
+    /// The stream, `[batch, tokens, inputs of the layer]`.
+    pub x: &'a Tensor,
+    /// Normalise each head of the queries and of the keys.
+    pub norms: [&'a RmsNorm; 2],
+    /// Turns them then.
+    pub rope: &'a Rope,
 }
 
 /// Rows of a projection, `[batch, tokens, columns]`, and what becomes of the heads in them.

@@ -9,7 +9,7 @@ use candle_core::{Result, Tensor};
 use mmgp_quant::{Bias, Linear, Weights};
 
 use crate::nn::{
-    Activation, FeedForward, HeadRows, Heads, Modulation, RmsNorm, Rope, attention,
+    Activation, FeedForward, Heads, Modulation, Projected, RmsNorm, Rope, attention,
     attention_up_to, gated_add, join_gelu, layer_norm_modulated,
 };
 
@@ -72,12 +72,9 @@ impl Projection {
         })
     }
 
-    /// What becomes of the queries, keys and values in `rows`, the product of the stream.
-    fn parts<'a>(&'a self, rows: &'a Tensor, rope: &'a Rope) -> [HeadRows<'a>; 3] {
-        let width = self.heads.width();
-        let turned = |first, norm| HeadRows { rows, first, norm: Some(norm), rope: Some(rope) };
-        let v = HeadRows { rows, first: 2 * width, norm: None, rope: None };
-        [turned(0, &self.norm_q), turned(width, &self.norm_k), v]
+    /// The projection of a stream whose tokens are where `rope` has them.
+    fn of<'a>(&'a self, x: &'a Tensor, rope: &'a Rope) -> Projected<'a> {
+        Projected { linear: &self.qkv, x, norms: [&self.norm_q, &self.norm_k], rope }
     }
 }
 
@@ -159,23 +156,21 @@ impl DoubleBlock {
             TextPlace::First => (m, 0),
             TextPlace::Last(_) => (0, n),
         };
-        let project = |stream: &Stream, x: &Tensor, first: usize| {
+        let normed = |stream: &Stream, x: &Tensor, first: usize| {
             let modulation = stream.modulation.forward(joint.activated)?;
             let y = layer_norm_modulated(x, &modulation[1], &modulation[0], EPS)?;
-            let rows = stream.projection.qkv.forward(&y)?;
-            Ok::<_, candle_core::Error>((modulation, rows, joint.rope.narrow(first, x.dim(1)?)?))
+            Ok::<_, candle_core::Error>((modulation, y, joint.rope.narrow(first, x.dim(1)?)?))
         };
-        let (image_mod, image_rows, image_rope) = project(&self.image, image, image_at)?;
-        let (text_mod, text_rows, text_rope) = project(&self.text, text, text_at)?;
+        let (image_mod, image_y, image_rope) = normed(&self.image, image, image_at)?;
+        let (text_mod, text_y, text_rope) = normed(&self.text, text, text_at)?;
         let heads = self.image.projection.heads;
-        let images = self.image.projection.parts(&image_rows, &image_rope);
-        let texts = self.text.projection.parts(&text_rows, &text_rope);
-        let join = |i: usize| match joint.text {
-            TextPlace::First => heads.join(&[texts[i], images[i]]),
-            TextPlace::Last(_) => heads.join(&[images[i], texts[i]]),
+        let images = self.image.projection.of(&image_y, &image_rope);
+        let texts = self.text.projection.of(&text_y, &text_rope);
+        let [q, k, v] = match joint.text {
+            TextPlace::First => heads.project(&[texts, images])?,
+            TextPlace::Last(_) => heads.project(&[images, texts])?,
         };
-        let (q, k, v) = (join(0)?, join(1)?, join(2)?);
-        drop((text_rows, image_rows));
+        drop((image_y, text_y));
         let mixed = joint.attention(&q, &k, &v, heads)?;
         drop((q, k, v));
         let next_image = self.image.finish(image, &mixed.narrow(1, image_at, n)?, &image_mod)?;
@@ -188,11 +183,9 @@ impl DoubleBlock {
 #[derive(Debug)]
 pub struct SingleBlock {
     modulation: Modulation<3>,
-    input: Linear,
-    norm_q: RmsNorm,
-    norm_k: RmsNorm,
+    projection: Projection,
+    up: Linear,
     output: Linear,
-    heads: Heads,
 }
 
 impl SingleBlock {
@@ -202,20 +195,18 @@ impl SingleBlock {
     /// A tensor that is missing or has another shape.
     pub fn new(heads: Heads, weights: &Weights) -> mmgp_quant::Result<Self> {
         let hidden = heads.width();
-        // All four read the same input, so one product computes them.
-        let layers = [
-            ("attn.to_q", hidden),
-            ("attn.to_k", hidden),
-            ("attn.to_v", hidden),
-            ("proj_mlp", 4 * hidden),
-        ];
+        let attn = weights.pp("attn");
         Ok(Self {
             modulation: Modulation::new(&weights.pp("norm"), hidden, hidden)?,
-            input: weights.linear_joined(&layers, hidden, Bias::Yes)?,
-            norm_q: RmsNorm::new(&weights.pp("attn.norm_q"), heads.dim, EPS)?,
-            norm_k: RmsNorm::new(&weights.pp("attn.norm_k"), heads.dim, EPS)?,
+            projection: Projection::new(
+                &attn,
+                ["to_q", "to_k", "to_v"],
+                ["norm_q", "norm_k"],
+                heads,
+            )?,
+            // It reads the same input, but its outputs go where the next product reads them.
+            up: weights.pp("proj_mlp").linear(hidden, 4 * hidden, Bias::Yes)?,
             output: weights.pp("proj_out").linear(5 * hidden, hidden, Bias::Yes)?,
-            heads,
         })
     }
 
@@ -225,15 +216,13 @@ impl SingleBlock {
     /// Shapes that do not fit; weights that are not leased.
     pub fn forward(&self, x: &Tensor, joint: &Joint<'_>) -> Result<Tensor> {
         let [shift, scale, gate] = self.modulation.forward(joint.activated)?;
-        let rows = self.input.forward(&layer_norm_modulated(x, &scale, &shift, EPS)?)?;
-        let (heads, width) = (self.heads, self.heads.width());
-        let q = heads.split(&rows, 0, Some(&self.norm_q), Some(joint.rope))?;
-        let k = heads.split(&rows, width, Some(&self.norm_k), Some(joint.rope))?;
-        let v = heads.split(&rows, 2 * width, None, None)?;
+        let y = layer_norm_modulated(x, &scale, &shift, EPS)?;
+        let heads = self.projection.heads;
+        let [q, k, v] = heads.project(&[self.projection.of(&y, joint.rope)])?;
         let mixed = joint.attention(&q, &k, &v, heads)?;
         drop((q, k, v));
-        let joined = join_gelu(&mixed, &rows, 3 * width)?;
-        drop(rows);
+        let joined = join_gelu(&mixed, &self.up, &y)?;
+        drop((mixed, y));
         gated_add(x, &self.output.forward(&joined)?, &gate)
     }
 }

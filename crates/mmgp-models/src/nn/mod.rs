@@ -29,6 +29,8 @@ mod rope;
 mod samples;
 mod spread;
 
+#[cfg(feature = "cuda")]
+pub(crate) use activation::joined_gelu;
 pub use activation::{Activation, join_gelu};
 pub use attention::{attention, attention_up_to, causal_mask, chunk_rows};
 pub use conv::{Conv2d, Padding, Window, strip_rows};
@@ -36,7 +38,7 @@ pub use conv3d::Conv3d;
 pub use embed::{Mlp, timestep_embedding};
 pub use feed_forward::FeedForward;
 pub use group_norm::GroupNorm;
-pub use heads::{HeadRows, Heads, gated_add};
+pub use heads::{HeadRows, Heads, Projected, gated_add};
 pub use joint::{DoubleBlock, Joint, SingleBlock, TextPlace};
 pub use modulation::Modulation;
 pub use norms::{LayerNorm, RmsNorm, layer_norm_modulated};

@@ -8,7 +8,7 @@ use half::{bf16, f16};
 use mmgp_io::Dtype;
 
 use crate::{
-    Error, Form, Format, Part, QuantTensor, Result, Source, Weights,
+    Epilogue, Error, Form, Format, Part, QuantTensor, Result, Source, Weights,
     kernels::cpu::{Rows, product_nt},
 };
 
@@ -63,9 +63,35 @@ impl QuantTensor for DenseWeight {
         }
     }
 
+    fn product_into(
+        &self,
+        x: &Tensor,
+        bias: Option<&Tensor>,
+        epilogue: Epilogue,
+        y: &Tensor,
+    ) -> candle_core::Result<bool> {
+        product_on_device_into(x, &self.0, bias, epilogue, y)
+    }
+
     fn decode(&self) -> candle_core::Result<Tensor> {
         self.0.copy()
     }
+}
+
+/// [`product_on_device`] with an epilogue, as [`QuantTensor::product_into`] has it.
+pub(super) fn product_on_device_into(
+    x: &Tensor,
+    w: &Tensor,
+    bias: Option<&Tensor>,
+    epilogue: Epilogue,
+    y: &Tensor,
+) -> candle_core::Result<bool> {
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return crate::kernels::cuda::product_into(x, w, bias, epilogue, y);
+    }
+    let _ = (x, w, bias, epilogue, y); // elsewhere there is no such product
+    Ok(false)
 }
 
 /// `x · wᵀ (+ bias)` by any device but the CPU, `x` `[rows, inputs]` and `w` `[outputs, inputs]` contiguous.

@@ -14,11 +14,11 @@ use half::{bf16, f16};
 use mmgp_io::Dtype;
 
 use super::{
-    dense::{floating, product, product_on_device, slice},
+    dense::{floating, product, product_on_device, product_on_device_into, slice},
     int8::{of, widened},
 };
 use crate::{
-    Codes, Error, Form, Format, Part, QuantTensor, Result, Source, Weights,
+    Codes, Epilogue, Error, Form, Format, Part, QuantTensor, Result, Source, Weights,
     kernels::{cpu::Rows, fp8, int8::Real},
 };
 
@@ -127,6 +127,29 @@ impl QuantTensor for Fp8Weight {
             Some(bias) => y.broadcast_add(bias),
             None => Ok(y),
         }
+    }
+
+    fn product_into(
+        &self,
+        x: &Tensor,
+        bias: Option<&Tensor>,
+        epilogue: Epilogue,
+        y: &Tensor,
+    ) -> candle_core::Result<bool> {
+        if !x.device().is_cuda() {
+            return Ok(false);
+        }
+        #[cfg(feature = "cuda")]
+        if self.activations
+            && let candle_core::Device::Cuda(device) = x.device()
+            && crate::kernels::cuda::fp8_enabled(device)
+        {
+            let (scales, to) = (self.scales.as_ref(), (epilogue, y));
+            if crate::kernels::cuda::fp8_product_into(x, &self.codes, scales, bias, to)? {
+                return Ok(true);
+            }
+        }
+        product_on_device_into(x, &self.expanded(x.dtype())?, bias, epilogue, y)
     }
 
     fn decode(&self) -> candle_core::Result<Tensor> {

@@ -14,9 +14,9 @@ use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Layout, Shape, Tensor
 use half::{bf16, f16};
 use mmgp_io::Dtype;
 
-use super::dense::{floating, product, product_on_device, slice};
+use super::dense::{floating, product, product_on_device, product_on_device_into, slice};
 use crate::{
-    Codes, Form, Format, Part, QuantTensor, Result, Source, Weights,
+    Codes, Epilogue, Form, Format, Part, QuantTensor, Result, Source, Weights,
     kernels::{
         cpu::{Rounding, Rows},
         int8,
@@ -99,6 +99,27 @@ impl QuantTensor for Int8Weight {
             Some(bias) => y.broadcast_add(bias),
             None => Ok(y),
         }
+    }
+
+    fn product_into(
+        &self,
+        x: &Tensor,
+        bias: Option<&Tensor>,
+        epilogue: Epilogue,
+        y: &Tensor,
+    ) -> candle_core::Result<bool> {
+        if !x.device().is_cuda() {
+            return Ok(false);
+        }
+        #[cfg(feature = "cuda")]
+        if self.activations {
+            use crate::kernels::cuda::{Int8Kernel, w8a8_into};
+            let (to, kernel) = ((epilogue, y), Int8Kernel::Fastest);
+            if w8a8_into(x, &self.codes, &self.scales, bias, to, kernel)? {
+                return Ok(true);
+            }
+        }
+        product_on_device_into(x, &self.expanded(x.dtype())?, bias, epilogue, y)
     }
 
     fn decode(&self) -> candle_core::Result<Tensor> {

@@ -3,11 +3,11 @@
 use candle_core::{CudaDevice, DType, Device, Tensor};
 
 use super::{
-    Added, biased, codes, compare, compare_near, expanded, multiplied, multiplied_in_fp8,
-    multiplied_in_int8, quantized_to_fp8, values,
+    Activated, Added, activated, biased, codes, compare, compare_near, expanded, multiplied,
+    multiplied_in_fp8, multiplied_in_int8, quantized_to_fp8, values,
 };
 use crate::{
-    Codes, Error, Result,
+    Codes, Epilogue, Error, Result,
     formats::{fp8, int8},
     kernels::cuda::{self, Int8Kernel},
 };
@@ -79,7 +79,7 @@ pub(super) fn product(
         on(device, &all, dtype)?.narrow(0, skipped, values.len())?.reshape(shape)
     };
     for biased in [false, true] {
-        let kernel = cuda::product_name(dtype, biased)?;
+        let kernel = cuda::product_name(dtype, biased, Epilogue::None)?;
         let run = |skipped| {
             let bias = place(&bias, skipped, &[outputs])?;
             let (x, w) =
@@ -110,7 +110,7 @@ pub(super) fn add_product(device: &CudaDevice, added: &Added, dtype: DType) -> R
     let &Added { rows, y: (width, column, outputs), t: (ranks, first, inputs) } = added;
     let (t, b) = (values(rows * ranks, 29, dtype), values(outputs * inputs, 31, dtype));
     let before = values(rows * width, 37, dtype);
-    let kernel = format!("add_{}", cuda::product_name(dtype, false)?);
+    let kernel = format!("add_{}", cuda::product_name(dtype, false, Epilogue::None)?);
     let run = || {
         let t = on(device, &t, dtype)?.reshape((rows, ranks))?;
         let b = on(device, &b, dtype)?.reshape((outputs, inputs))?;
@@ -146,8 +146,11 @@ pub(super) fn w8a8(
     dtype: DType,
     scale: DType,
 ) -> Result<()> {
-    let kernel =
-        format!("{}_{}", cuda::quantize_name(Codes::Int8, dtype, scale)?, cuda::w8a8_name(dtype)?);
+    let kernel = format!(
+        "{}_{}",
+        cuda::quantize_name(Codes::Int8, dtype, scale)?,
+        cuda::w8a8_name(dtype, Epilogue::None)?
+    );
     let mut x = values(rows * inputs, 41, dtype);
     if rows > 2 {
         // A row of zeros, and one with no number in it.
@@ -193,6 +196,112 @@ pub(super) fn w8a8(
             }
         }
     }
+    Ok(())
+}
+
+/// Runs a product that goes into columns of an output, which `write` gets, and holds it to what it should be nearly; what lies
+/// beside must stay as it is. Returns all of the output, if the product is there.
+fn into_columns(
+    device: &CudaDevice,
+    kernel: &str,
+    &Activated { rows, y: (width, column, outputs), .. }: &Activated,
+    dtype: DType,
+    expected: &[(f32, f32)],
+    write: impl Fn(&Tensor) -> candle_core::Result<bool>,
+) -> Result<Option<Vec<f32>>> {
+    let before = values(rows * width, 37, dtype);
+    let run = || {
+        let y = on(device, &before, dtype)?.reshape((rows, width))?;
+        let done = write(&y.narrow(1, column, outputs)?)?;
+        done.then(|| back(&y)).transpose()
+    };
+    let run = || run().map_err(|error| not_run(kernel, (rows, width), error));
+    let Some(found) = run()? else { return Ok(None) };
+    let mut all: Vec<(f32, f32)> = before.iter().map(|&y| (y, 0.)).collect();
+    for (to, from) in all.chunks_exact_mut(width).zip(expected.chunks_exact(outputs)) {
+        to[column..column + outputs].copy_from_slice(from);
+    }
+    compare_near(kernel, (rows, width), &all, &found)?;
+    compare(kernel, (rows, width), &found, &run()?.unwrap_or_default())?;
+    Ok(Some(found))
+}
+
+/// Operands whose products lie where GELU bends: the input, a bias.
+fn bending(of: &Activated, dtype: DType) -> (Vec<f32>, Vec<f32>) {
+    let x = values(of.rows * of.inputs, 53, dtype).iter().map(|x| x / 256.).collect();
+    (x, values(of.y.2, 59, dtype).iter().map(|b| b / 16.).collect())
+}
+
+pub(super) fn activated_product(device: &CudaDevice, of: &Activated, dtype: DType) -> Result<()> {
+    let (outputs, inputs) = (of.y.2, of.inputs);
+    let (x, bias) = bending(of, dtype);
+    let w = values(outputs * inputs, 61, dtype);
+    for biased in [false, true] {
+        let kernel = cuda::product_name(dtype, biased, Epilogue::GeluTanh)?;
+        let mut expected = multiplied(&x, &w, biased.then_some(&bias), inputs, dtype);
+        activated(&mut expected, dtype);
+        // Where nothing is offered the activation goes its own way.
+        into_columns(device, &kernel, of, dtype, &expected, |y| {
+            let x = on(device, &x, dtype)?.reshape((of.rows, inputs))?;
+            let w = on(device, &w, dtype)?.reshape((outputs, inputs))?;
+            let bias = biased.then(|| on(device, &bias, dtype)).transpose()?;
+            cuda::product_into(&x, &w, bias.as_ref(), Epilogue::GeluTanh, y)
+        })?;
+    }
+    Ok(())
+}
+
+/// Both kernels, which give each other's bits.
+pub(super) fn activated_w8a8(device: &CudaDevice, of: &Activated, dtype: DType) -> Result<()> {
+    let (outputs, inputs) = (of.y.2, of.inputs);
+    let kernel = cuda::w8a8_name(dtype, Epilogue::GeluTanh)?;
+    let (x, bias) = bending(of, dtype);
+    let codes = codes(outputs * inputs);
+    let scales: Vec<f32> = values(outputs, 67, DType::F32).iter().map(|s| s / 64.).collect();
+    let sums = multiplied_in_int8(&x, &codes, &scales, Some(&bias), inputs, DType::F32);
+    let mut expected: Vec<(f32, f32)> = sums.iter().map(|&v| (v, 1e-6 * v.abs())).collect();
+    activated(&mut expected, dtype);
+    let mut first: Option<Vec<f32>> = None;
+    for by in [Int8Kernel::Fastest, Int8Kernel::Mma] {
+        let found = into_columns(device, &kernel, of, dtype, &expected, |y| {
+            let x = on(device, &x, dtype)?.reshape((of.rows, inputs))?;
+            let codes = Tensor::new(codes.as_slice(), &Device::Cpu)?;
+            let codes = codes.to_device(&Device::Cuda(device.clone()))?;
+            let codes = codes.reshape((outputs, inputs))?;
+            let scales = on(device, &scales, DType::F32)?.reshape((outputs, 1))?;
+            let (bias, to) = (on(device, &bias, dtype)?, (Epilogue::GeluTanh, y));
+            cuda::w8a8_into(&x, &codes, &scales, Some(&bias), to, by)
+        })?;
+        let error = || candle_core::Error::msg("no kernel takes this shape");
+        let found = found.ok_or_else(|| not_run(&kernel, (of.rows, outputs), error()))?;
+        match &first {
+            Some(first) => compare(&kernel, (of.rows, of.y.0), first, &found)?,
+            None => first = Some(found),
+        }
+    }
+    Ok(())
+}
+
+pub(super) fn activated_fp8(device: &CudaDevice, of: &Activated, dtype: DType) -> Result<()> {
+    let (outputs, inputs) = (of.y.2, of.inputs);
+    let kernel = format!("{}_gelu", cuda::fp8_name(dtype)?);
+    let (x, bias) = bending(of, dtype);
+    // Codes of numbers.
+    let codes: Vec<u8> =
+        codes(outputs * inputs).into_iter().map(|c| if c & 0x7f == 0x7f { 0 } else { c }).collect();
+    let scales: Vec<f32> = values(outputs, 67, DType::F32).iter().map(|s| s / 64.).collect();
+    let weight = expanded(Codes::Fp8, &codes, inputs, &scales, DType::F32);
+    let mut expected = multiplied_in_fp8(&x, &weight, Some(&bias), inputs, dtype);
+    activated(&mut expected, dtype);
+    into_columns(device, &kernel, of, dtype, &expected, |y| {
+        let x = on(device, &x, dtype)?.reshape((of.rows, inputs))?;
+        let codes = Tensor::new(codes.as_slice(), &Device::Cpu)?;
+        let codes = codes.to_device(&Device::Cuda(device.clone()))?;
+        let codes = codes.reshape((outputs, inputs))?;
+        let scales = on(device, &scales, DType::F32)?.reshape((outputs, 1))?;
+        let (bias, to) = (on(device, &bias, dtype)?, (Epilogue::GeluTanh, y));
+        cuda::fp8_product_into(&x, &codes, Some(&scales), Some(&bias), to)
+    })?;
     Ok(())
 }
 

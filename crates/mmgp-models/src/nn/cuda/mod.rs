@@ -18,12 +18,15 @@ use candle_core::{
     backend::BackendStorage, bail,
 };
 use half::{bf16, f16};
+use mmgp_quant::{Epilogue, Linear};
 
 use self::{
     launch::{Element, Fresh, KERNELS, Place, Scratch, by_dtype, held_to},
-    shape::{Activate, Flat, Gate, Grid, Group, Lines, PerItem, Rows, countable, piece_values},
+    shape::{
+        Activate, Flat, Gate, Grid, Group, Lines, PerItem, Rows, Turn, countable, piece_values,
+    },
 };
-use crate::nn::{Activation, HeadRows, Heads, Window};
+use crate::nn::{Activation, HeadRows, Heads, Projected, RmsNorm, Rope, Window};
 
 pub(crate) use self::choice::take;
 pub use self::{
@@ -279,6 +282,123 @@ fn split<T: Element>(heads: Heads, parts: &[HeadRows<'_>]) -> Result<Tensor> {
     Ok(out.tensor((batch, heads.count, total, heads.dim)))
 }
 
+/// The heads of queries, keys and values of `streams`, whose products lie in one tensor of rows, the tokens of one stream behind
+/// those of another: views of it, in which queries and keys were normalised and turned. Shapes were checked by the caller.
+/// `None` where products do not write there, or the kernel has no such heads.
+pub(crate) fn project(heads: Heads, streams: &[Projected<'_>]) -> Result<Option<[Tensor; 3]>> {
+    match streams.first() {
+        Some(stream) => by_dtype!(stream.x, projected(heads, streams)),
+        None => Ok(None),
+    }
+}
+
+fn projected<T: Element>(heads: Heads, streams: &[Projected<'_>]) -> Result<Option<[Tensor; 3]>> {
+    let (x, width) = (streams[0].x, heads.width());
+    let batch = x.dim(0)?;
+    let vectors = heads.dim / T::VECTOR as usize;
+    if !heads.dim.is_multiple_of(T::VECTOR as usize)
+        || !(1..=32).contains(&vectors)
+        || batch == 0
+        // The tokens of an item would not lie side by side.
+        || (batch > 1 && streams.len() > 1)
+        || streams.iter().any(|stream| stream.linear.side().is_taken())
+    {
+        return Ok(None);
+    }
+    let tokens: Vec<usize> = streams.iter().map(|s| s.x.dim(1)).collect::<Result<_>>()?;
+    let total: usize = tokens.iter().sum();
+    if total == 0 {
+        return Ok(None);
+    }
+    let rows = Fresh::<T>::new(x, (batch * total * 3 * width) as u64)?;
+    // Products write all of it before it is read; without them it is dropped.
+    let rows = rows.tensor((batch, total, 3 * width));
+    let mut before = 0;
+    for (stream, tokens) in streams.iter().zip(&tokens) {
+        let own = rows.narrow(1, before, *tokens)?;
+        before += *tokens;
+        let y = own.reshape((batch * tokens, 3 * width))?;
+        if *tokens > 0 && !stream.linear.forward_into(stream.x, Epilogue::None, &y)? {
+            return Ok(None);
+        }
+    }
+    before = 0;
+    for (stream, tokens) in streams.iter().zip(&tokens) {
+        if *tokens > 0 {
+            let turn = Turned { heads, norms: stream.norms, rope: stream.rope };
+            rows.narrow(1, before, *tokens)?.inplace_op1(&turn)?;
+        }
+        before += *tokens;
+    }
+    let all = rows.reshape((batch, total, 3 * heads.count, heads.dim))?;
+    let part = |i: usize| all.narrow(2, i * heads.count, heads.count)?.transpose(1, 2);
+    Ok(Some([part(0)?, part(1)?, part(2)?]))
+}
+
+/// Normalises and turns queries and keys in rows `[batch, tokens, columns]`, contiguous, of which they are the first.
+struct Turned<'a> {
+    heads: Heads,
+    norms: [&'a RmsNorm; 2],
+    rope: &'a Rope,
+}
+
+impl InplaceOp1 for Turned<'_> {
+    fn name(&self) -> &'static str {
+        "turn"
+    }
+
+    fn cpu_fwd(&self, _: &mut CpuStorage, _: &Layout) -> Result<()> {
+        bail!("turn: a kernel of the GPU was given a tensor of the CPU")
+    }
+
+    fn cuda_fwd(&self, storage: &mut CudaStorage, layout: &Layout) -> Result<()> {
+        by_dtype!(storage, turned(self, storage, layout))
+    }
+}
+
+fn turned<T: Element>(turn: &Turned<'_>, storage: &mut CudaStorage, layout: &Layout) -> Result<()> {
+    let &Turned { heads: Heads { count, dim }, norms: [q_norm, k_norm], rope } = turn;
+    let (batch, tokens, columns) = layout.shape().dims3()?;
+    let (cos, sin) = rope.tables();
+    let fit =
+        |t: &Tensor| t.dims() == [tokens, dim / 2] && t.is_contiguous() && t.dtype() == DType::F32;
+    let weight = |norm: &RmsNorm| norm.weight().dims() == [dim] && norm.weight().is_contiguous();
+    let whole =
+        dim.is_multiple_of(T::VECTOR as usize) && columns.is_multiple_of(T::VECTOR as usize);
+    if !fit(cos) || !fit(sin) || !weight(q_norm) || !weight(k_norm) || !whole {
+        bail!("turn: {:?} of {tokens} tokens by {:?}", turn.heads, cos.dims());
+    }
+    if 2 * count * dim > columns || q_norm.eps() != k_norm.eps() {
+        bail!("turn: {:?} twice in rows of {columns}", turn.heads);
+    }
+    let [items, heads, width] = [batch, count, dim].map(|n| n as u64);
+    let (tokens, columns) = (tokens as u64, columns as u64);
+    let rows = items * tokens * heads;
+    countable(rows, width)?;
+    let inputs = [Some(q_norm.weight()), Some(k_norm.weight()), Some(cos), Some(sin)];
+    held_to::<T>(&inputs[..2])?;
+    let mut place = Place::<T>::of(storage, layout)?;
+    let argue = |at: &[u64], out: u64| Turn {
+        q: out,
+        q_weight: at[0],
+        k_weight: at[1],
+        cos: at[2],
+        sin: at[3],
+        rows,
+        tokens,
+        heads,
+        width,
+        item: tokens * columns,
+        token: columns,
+        key: heads * width,
+        eps: q_norm.eps(),
+    };
+    let grid = Grid::of_rows(rows, width, T::VECTOR);
+    // SAFETY: of each row the first `2 · heads · width` values are read and written, which `layout` shows and `place` was held
+    // to, each by the thread that read it; weights have `width` values and tables half as many for each token.
+    unsafe { place.run(&format!("turn_{}", T::SUFFIX), grid, &inputs, argue) }
+}
+
 /// `[batch, heads, tokens, dim]` to `[batch, tokens, heads · dim]`.
 pub(crate) fn merge(x: &Tensor) -> Result<Tensor> {
     by_dtype!(x, merged(x))
@@ -389,21 +509,59 @@ fn activated<T: Element>(
     Ok(out.tensor(x.shape()))
 }
 
-/// `[a, gelu_tanh(x[…, first..])]` along the last dimension, shapes as in [`join_gelu`](crate::nn::join_gelu).
-pub(crate) fn join_gelu(a: &Tensor, x: &Tensor, first: usize) -> Result<Tensor> {
-    by_dtype!(x, joined_gelu(a, x, first))
+/// gelu_tanh of a linear layer's output, within its product; `None` where that is no product with such an epilogue.
+pub(crate) fn gelu_of(linear: &Linear, x: &Tensor) -> Result<Option<Tensor>> {
+    by_dtype!(x, gelu_of_product(linear, x))
 }
 
-fn joined_gelu<T: Element>(a: &Tensor, x: &Tensor, first: usize) -> Result<Tensor> {
+fn gelu_of_product<T: Element>(linear: &Linear, x: &Tensor) -> Result<Option<Tensor>> {
+    let mut dims = x.dims().to_vec();
+    let rows = x.elem_count() / linear.inputs().max(1);
+    if dims.pop().is_none() || rows == 0 || linear.side().is_taken() {
+        return Ok(None);
+    }
+    dims.push(linear.outputs());
+    let y = Fresh::<T>::new(x, (rows * linear.outputs()) as u64)?;
+    // The product writes all of it; without it it is dropped.
+    let y = y.tensor((rows, linear.outputs()));
+    let done = linear.forward_into(x, Epilogue::GeluTanh, &y)?;
+    done.then(|| y.reshape(dims)).transpose()
+}
+
+/// `[a, gelu_tanh(linear(x))]` along the last dimension, shapes as in [`join_gelu`](crate::nn::join_gelu).
+pub(crate) fn join_gelu_of(a: &Tensor, linear: &Linear, x: &Tensor) -> Result<Tensor> {
+    by_dtype!(a, joined_gelu_of(a, linear, x))
+}
+
+fn joined_gelu_of<T: Element>(a: &Tensor, linear: &Linear, x: &Tensor) -> Result<Tensor> {
+    let ((batch, tokens, n), m) = (a.dims3()?, linear.outputs());
+    let (rows, width) = (batch * tokens, n + m);
+    if rows * n * m > 0 && !linear.side().is_taken() {
+        let mut out = Fresh::<T>::new(a, (rows * width) as u64)?;
+        columns(&mut out, "copy", &Flat::rows(a)?, None, (0, width as u64))?;
+        // The product writes the columns that are not written yet.
+        let out = out.tensor((rows, width));
+        if linear.forward_into(x, Epilogue::GeluTanh, &out.narrow(1, n, m)?)? {
+            return out.reshape((batch, tokens, width));
+        }
+    }
+    joined_gelu::<T>(a, &linear.forward(x)?)
+}
+
+/// `[a, gelu_tanh(x)]` along the last dimension, of `[batch, tokens, …]` each.
+pub(crate) fn join_gelu(a: &Tensor, x: &Tensor) -> Result<Tensor> {
+    by_dtype!(a, joined_gelu(a, x))
+}
+
+fn joined_gelu<T: Element>(a: &Tensor, x: &Tensor) -> Result<Tensor> {
     let (batch, tokens, n) = a.dims3()?;
-    let x = x.narrow(D::Minus1, first, x.dim(D::Minus1)?.saturating_sub(first))?;
     let (xb, xt, m) = x.dims3()?;
     if (xb, xt) != (batch, tokens) {
         bail!("join_gelu: {:?} and {:?}", a.dims(), x.dims());
     }
     let width = (n + m) as u64;
     let mut out = Fresh::<T>::new(a, (batch * tokens) as u64 * width)?;
-    let parts = [("copy", a, 0, n), (called(Activation::GeluTanh), &x, n as u64, m)];
+    let parts = [("copy", a, 0, n), (called(Activation::GeluTanh), x, n as u64, m)];
     for (name, part, column, columns_of) in parts {
         if batch * tokens * columns_of > 0 {
             columns(&mut out, name, &Flat::rows(part)?, None, (column, width))?;

@@ -282,6 +282,89 @@ template <typename T, Norm NORM> static __device__ __forceinline__ void rows(con
     whole ? rows<T, NORM, true>(p, shared) : rows<T, NORM, false>(p, shared);
 }
 
+// Heads of queries and of keys that are normalised and turned where they lie, in the rows of a projection.
+struct Turn {
+    void *q;              // the first query
+    const void *q_weight; // [width]
+    const void *k_weight; // [width]
+    const float *cos;     // [tokens, width / 2], contiguous
+    const float *sin;
+    u64 rows;   // items · tokens · heads
+    u64 tokens; // of an item
+    u64 heads;  // of a token, side by side
+    u64 width;  // of a head, whole vectors
+    u64 item;   // strides, in elements
+    u64 token;
+    u64 key;    // from a query to its key
+    double eps;
+};
+
+// Row `(item, token, head)` is a y row of a block, of at most 32 threads, each of which has one vector of the query and one
+// of the key, which lie aligned. What is computed of either, and in which order, is what `rows` does. WHOLE: weights and tables
+// lie aligned too.
+template <typename T, bool WHOLE> static __device__ __forceinline__ void turn(const Turn &p) {
+    constexpr u32 N = Vector<T>::N;
+    const u32 count = (u32)p.rows, width = (u32)p.width, heads = (u32)p.heads, tokens = (u32)p.tokens;
+    const u32 first = threadIdx.x * N;
+    const u64 step = (u64)gridDim.x * blockDim.y;
+    for (u64 base = (u64)blockIdx.x * blockDim.y; base < count; base += step) {
+        const bool live = base + threadIdx.y < count && first < width;
+        const u32 at = live ? (u32)base + threadIdx.y : 0;
+        const u32 head = at % heads, token = at / heads % tokens, item = at / heads / tokens;
+        T *at_q = static_cast<T *>(p.q) + item * p.item + token * p.token + head * width + first;
+        Vector<T> of[2] = {}, weight[2];
+        Turns<T> c, s;
+        if (live) {
+            of[0] = load<true>(at_q, N);
+            of[1] = load<true>(at_q + p.key, N);
+            weight[0] = load<WHOLE>(static_cast<const T *>(p.q_weight) + first, N);
+            weight[1] = load<WHOLE>(static_cast<const T *>(p.k_weight) + first, N);
+            const u64 pairs = (u64)token * (width / 2) + first / 2;
+            if (WHOLE) {
+                c = *reinterpret_cast<const Turns<T> *>(p.cos + pairs);
+                s = *reinterpret_cast<const Turns<T> *>(p.sin + pairs);
+            } else {
+#pragma unroll
+                for (u32 i = 0; i < N / 2; i++) {
+                    c.v[i] = p.cos[pairs + i];
+                    s.v[i] = p.sin[pairs + i];
+                }
+            }
+        }
+        float squares[2] = {0.f, 0.f};
+#pragma unroll
+        for (u32 i = 0; i < N; i++) {
+#pragma unroll
+            for (u32 j = 0; j < 2; j++) squares[j] = fmaf(wide(of[j].v[i]), wide(of[j].v[i]), squares[j]);
+        }
+        for (u32 away = blockDim.x / 2; away > 0; away /= 2) {
+#pragma unroll
+            for (u32 j = 0; j < 2; j++) {
+                squares[j] = __fadd_rn(squares[j], __shfl_xor_sync(0xffffffffu, squares[j], away));
+            }
+        }
+        if (!live) continue; // no thread waits for others below
+#pragma unroll
+        for (u32 j = 0; j < 2; j++) {
+            const float inverse = 1.f / sqrtf(__fadd_rn(squares[j] / (float)width, (float)p.eps));
+            Vector<T> to;
+#pragma unroll
+            for (u32 i = 0; i < N / 2; i++) {
+                const float a = __fmul_rn(__fmul_rn(wide(of[j].v[2 * i]), inverse), wide(weight[j].v[2 * i]));
+                const float b =
+                    __fmul_rn(__fmul_rn(wide(of[j].v[2 * i + 1]), inverse), wide(weight[j].v[2 * i + 1]));
+                to.v[2 * i] = rounded<T>(__fsub_rn(__fmul_rn(a, c.v[i]), __fmul_rn(b, s.v[i])));
+                to.v[2 * i + 1] = rounded<T>(__fadd_rn(__fmul_rn(b, c.v[i]), __fmul_rn(a, s.v[i])));
+            }
+            store<true>(at_q + j * p.key, to, N);
+        }
+    }
+}
+
+template <typename T> static __device__ __forceinline__ void turn(const Turn &p) {
+    multiples(16, p.q_weight, p.k_weight, p.cos, p.sin) ? turn<T, true>(p) : turn<T, false>(p);
+}
+
 // `out = x + gate · y`, both operations rounded in f32 as the CPU does them.
 struct Gate {
     const void *x;
@@ -644,6 +727,7 @@ template <typename T> static __device__ __forceinline__ void channels_first(cons
     KERNEL(rows_none_##SUFFIX, 3, Rows, rows<T, NONE>)                                             \
     KERNEL(rows_rms_##SUFFIX, 3, Rows, rows<T, RMS>)                                               \
     KERNEL(rows_layer_##SUFFIX, 3, Rows, rows<T, LAYER>)                                           \
+    KERNEL(turn_##SUFFIX, 4, Turn, turn<T>)                                                        \
     KERNEL(gate_##SUFFIX, 4, Gate, gate<T>)                                                        \
     KERNEL(copy_##SUFFIX, 4, Activate, activate<T, COPY>)                                          \
     KERNEL(relu_##SUFFIX, 4, Activate, activate<T, RELU>)                                          \

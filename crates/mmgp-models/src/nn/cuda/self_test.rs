@@ -204,11 +204,43 @@ impl On<'_> {
                     Ok(joined(&a, &b, &put.rms_norm(&weight)?, &turn)?)
                 })?;
             }
+            self.turns(heads)?;
             let x = self.values(&[2, count, 9, dim], 5)?;
             self.check("rows_none", Within::Bits, &nn::heads::merge(&x)?, |put| {
                 Ok(super::merge(&put.tensor(&x)?)?)
             })?;
         }
+        Ok(())
+    }
+
+    /// Queries and keys in the rows of a projection, behind which something else lies; for heads of whole vectors.
+    fn turns(&self, heads: Heads) -> Result<()> {
+        let dim = heads.dim;
+        let vector = 16 / self.dtype.size_in_bytes();
+        if !dim.is_multiple_of(vector) || dim / vector > 32 {
+            return Ok(());
+        }
+        let (width, tokens) = (heads.width(), 9);
+        let x = self.apart(&[2, tokens, 2 * width + vector], 1)?;
+        let (a, b) = (self.values(&[dim], 2)?, self.values(&[dim], 3)?);
+        let ids = self.values(&[tokens, 1], 4)?.affine(100., 0.)?;
+        let rope = |device: &Device| Rope::new(&ids, &[dim], 10_000., device);
+        let turn = rope(&Device::Cpu)?;
+        let part = |first: usize, weight: &Tensor| -> Result<Tensor> {
+            let norm = RmsNorm::new(&cpu(&[("weight", weight)]), dim, EPS)?;
+            let split = heads.split(&x, first, Some(&norm), Some(&turn))?;
+            Ok(split.transpose(1, 2)?.reshape((2, tokens, width))?)
+        };
+        let rest = x.narrow(2, 2 * width, vector)?;
+        let want = Tensor::cat(&[part(0, &a)?, part(width, &b)?, rest], 2)?;
+        self.check("turn", Within::Rounding, &want, |put| {
+            let turn = rope(&Device::Cuda(self.device.clone()))?;
+            let norms = [&put.rms_norm(&a)?, &put.rms_norm(&b)?];
+            // In memory of its own, which begins where vectors may.
+            let x = put.tensor(&x)?.force_contiguous()?;
+            x.inplace_op1(&super::Turned { heads, norms, rope: &turn })?;
+            Ok(x)
+        })?;
         Ok(())
     }
 
@@ -365,13 +397,14 @@ impl On<'_> {
         }
         for (n, m, first) in [(1, 1, 0), (12, 44, 5), (128, 512, 384), (3072, 12_288, 9216)] {
             let (a, x) = (self.values(&[2, 3, n], 1)?, self.values(&[2, 3, first + m], 2)?);
-            let want = nn::join_gelu(&a, &x, first)?;
+            let part = |x: &Tensor| x.narrow(D::Minus1, first, m);
+            let want = nn::joined_gelu(&a, &part(&x)?)?;
             self.check("gelu_tanh", Within::Rounding, &want, |put| {
-                Ok(super::join_gelu(&put.tensor(&a)?, &put.tensor(&x)?, first)?)
+                Ok(super::join_gelu(&put.tensor(&a)?, &part(&put.tensor(&x)?)?)?)
             })?;
             // What is copied stays as it is.
             self.check("copy", Within::Bits, &want.narrow(D::Minus1, 0, n)?, |put| {
-                let joined = super::join_gelu(&put.tensor(&a)?, &put.tensor(&x)?, first)?;
+                let joined = super::join_gelu(&put.tensor(&a)?, &part(&put.tensor(&x)?)?)?;
                 Ok(joined.to_device(&Device::Cpu)?.narrow(D::Minus1, 0, n)?)
             })?;
         }

@@ -56,6 +56,14 @@ argument! {
 }
 
 argument! {
+    /// Heads of queries and of keys that are normalised and turned where they lie.
+    Turn {
+        q: u64, q_weight: u64, k_weight: u64, cos: u64, sin: u64,
+        rows: u64, tokens: u64, heads: u64, width: u64, item: u64, token: u64, key: u64, eps: f64,
+    }
+}
+
+argument! {
     /// `x + gate · y`.
     Gate {
         x: u64, y: u64, gate: u64, out: u64, rows: u64, tokens: u64, width: u64,
@@ -338,6 +346,7 @@ mod tests {
             assert_eq!(size, 8 * numbers, "{name}");
         }
         check("Rows", Rows::FIELDS, size_of::<Rows>());
+        check("Turn", Turn::FIELDS, size_of::<Turn>());
         check("Gate", Gate::FIELDS, size_of::<Gate>());
         check("Activate", Activate::FIELDS, size_of::<Activate>());
         check("Group", Group::FIELDS, size_of::<Group>());

@@ -11,7 +11,7 @@ use std::{
 };
 
 use candle_core::{
-    CudaDevice, CudaStorage, DType, Device, Result, Storage, Tensor, bail,
+    CudaDevice, DType, Device, Result, Tensor, bail,
     cuda_backend::{
         CudaDType, WrapErr,
         cudarc::driver::{
@@ -22,17 +22,17 @@ use candle_core::{
             },
         },
     },
-    op::BackpropOp,
 };
 use half::{bf16, f16};
 
 use super::{
     NULL,
+    output::{fresh, into},
     product::{self, Half, address, aligned},
     short,
     w8a8::{Addresses, LONGEST, MOST_INPUTS, Shape, quantize},
 };
-use crate::Codes;
+use crate::{Codes, Epilogue};
 
 /// Contexts whose GPU was seen to multiply in fp8. Contexts of devices live as long as the process once a kernel was
 /// loaded into them.
@@ -91,14 +91,26 @@ pub fn fp8_product(
     scales: Option<&Tensor>,
     bias: Option<&Tensor>,
 ) -> Result<Option<Tensor>> {
+    fresh(x, codes.dim(0)?, |y| fp8_product_into(x, codes, scales, bias, (Epilogue::None, y)))
+}
+
+/// [`fp8_product`] with an epilogue into `y`, as [`into`] takes it; `false`, with `y` as it was, for what that answers with
+/// `None`, and where [`into`] says so.
+pub(crate) fn fp8_product_into(
+    x: &Tensor,
+    codes: &Tensor,
+    scales: Option<&Tensor>,
+    bias: Option<&Tensor>,
+    to: (Epilogue, &Tensor),
+) -> Result<bool> {
     match (x.dtype(), scales.map_or(DType::F32, Tensor::dtype)) {
-        (DType::BF16, DType::BF16) => run::<bf16, bf16>(x, codes, scales, bias),
-        (DType::BF16, DType::F16) => run::<bf16, f16>(x, codes, scales, bias),
-        (DType::BF16, DType::F32) => run::<bf16, f32>(x, codes, scales, bias),
-        (DType::F16, DType::BF16) => run::<f16, bf16>(x, codes, scales, bias),
-        (DType::F16, DType::F16) => run::<f16, f16>(x, codes, scales, bias),
-        (DType::F16, DType::F32) => run::<f16, f32>(x, codes, scales, bias),
-        _ => Ok(None),
+        (DType::BF16, DType::BF16) => run::<bf16, bf16>(x, codes, scales, bias, to),
+        (DType::BF16, DType::F16) => run::<bf16, f16>(x, codes, scales, bias, to),
+        (DType::BF16, DType::F32) => run::<bf16, f32>(x, codes, scales, bias, to),
+        (DType::F16, DType::BF16) => run::<f16, bf16>(x, codes, scales, bias, to),
+        (DType::F16, DType::F16) => run::<f16, f16>(x, codes, scales, bias, to),
+        (DType::F16, DType::F32) => run::<f16, f32>(x, codes, scales, bias, to),
+        _ => Ok(false),
     }
 }
 
@@ -107,39 +119,44 @@ fn run<T: Half, S: CudaDType + DeviceRepr + 'static>(
     codes: &Tensor,
     scales: Option<&Tensor>,
     bias: Option<&Tensor>,
-) -> Result<Option<Tensor>> {
+    (epilogue, y): (Epilogue, &Tensor),
+) -> Result<bool> {
     let ((rows, inputs), (outputs, width)) = (x.dims2()?, codes.dims2()?);
     let fits = bias.is_none_or(|bias| bias.dims() == [outputs] && bias.dtype() == x.dtype());
+    let fits = fits && y.dims() == [rows, outputs];
     if width != inputs || scales.is_some_and(|s| s.elem_count() != outputs) || !fits {
         bail!(
-            "fp8 linear: input {:?}, codes {:?}, scales {:?}, bias {:?}",
+            "fp8 linear: input {:?}, codes {:?}, scales {:?}, bias {:?}, output {:?}",
             x.dims(),
             codes.dims(),
             scales.map(Tensor::dims),
-            bias.map(Tensor::dims)
+            bias.map(Tensor::dims),
+            y.dims()
         );
     }
     let Device::Cuda(device) = x.device() else {
         bail!("fp8 linear: a product of the GPU was given a tensor of another device");
     };
     if rows == 0 || outputs == 0 || inputs == 0 || rows > LONGEST || outputs > LONGEST {
-        return Ok(None);
+        return Ok(false);
     }
     if inputs > MOST_INPUTS || !inputs.is_multiple_of(16) || !outputs.is_multiple_of(16) {
-        return Ok(None);
+        return Ok(false);
     }
-    let stream = device.cuda_stream();
-    let planned = product::Shape::fp8::<T>((rows, outputs, inputs), bias.is_some());
-    if !fp8_multiplies(device)? || !product::offers(&stream, planned)? {
-        return Ok(None);
+    if !fp8_multiplies(device)? {
+        return Ok(false);
     }
     let (dtype, stored) = (x.dtype(), scales.map_or(DType::F32, Tensor::dtype));
     let (x, codes) = (aligned::<T>(x, device)?, aligned::<u8>(codes, device)?);
     let bias = bias.map(|bias| aligned::<T>(bias, device)).transpose()?;
-    // SAFETY: plain numbers, and the product writes each.
-    let mut out = unsafe { device.alloc::<T>(rows * outputs)? };
-    let mut made = Quantized::alloc(device, (rows, outputs, inputs))?;
-    {
+    into::<T>(device, y, |y| {
+        let stream = device.cuda_stream();
+        let of = (rows, outputs, inputs);
+        let planned = product::Shape::fp8::<T>(of, bias.is_some(), epilogue, y.row);
+        if !product::offers(&stream, planned)? {
+            return Ok(false);
+        }
+        let mut made = Quantized::alloc(device, of)?;
         // All stay locked until the product is queued.
         let (x, codes) = (x.storage_and_layout(), codes.storage_and_layout());
         let (scales, bias) =
@@ -157,23 +174,19 @@ fn run<T: Half, S: CudaDType + DeviceRepr + 'static>(
         let (of_x, _of_x) = made.codes.device_ptr_mut(&stream);
         let (wide, _wide) = made.wide.device_ptr_mut(&stream);
         let (of_rows, _of_rows) = made.row_scales.device_ptr_mut(&stream);
-        let (y, _y) = out.device_ptr_mut(&stream);
-        let shape = Shape { rows, outputs, inputs, dtype };
+        let y_row = y.row;
+        let y = y.address;
+        let shape = Shape { rows, outputs, inputs, dtype, epilogue, y_row };
         let at = Addresses { x: of_x, x_scales: of_rows, w, w_scales: wide, bias, y };
         let multiplied = product::Addresses { x: of_x, w, scales: Some((of_rows, wide)), bias, y };
-        // SAFETY: `address` held the operands to their memory, and they and the buffers have the lengths that
+        // SAFETY: `address` and `into` held the operands to their memory, and they and the buffers have the lengths that
         // `shape` says, which are those of the plan. All lie on `stream`'s device and are ordered by it; the buffers overlap
         // nothing.
-        let done = unsafe {
+        unsafe {
             quantize(device, Codes::Fp8, shape, (x, scales.unwrap_or(NULL), stored), &at)?;
-            product::run(device, &stream, planned, &multiplied, (1., 0.))?
-        };
-        if !done {
-            return Ok(None);
+            product::run(device, &stream, planned, &multiplied, (1., 0.))
         }
-    }
-    let storage = Storage::Cuda(CudaStorage::wrap_cuda_slice(out, device.clone()));
-    Ok(Some(Tensor::from_storage(storage, (rows, outputs), BackpropOp::none(), false)))
+    })
 }
 
 /// What the quantization writes.
@@ -245,7 +258,8 @@ fn quantized<T: Half, S: CudaDType + DeviceRepr + 'static>(
         let (of_x, _of_x) = made.codes.device_ptr_mut(&stream);
         let (wide, _wide) = made.wide.device_ptr_mut(&stream);
         let (of_rows, _of_rows) = made.row_scales.device_ptr_mut(&stream);
-        let shape = Shape { rows, outputs, inputs, dtype };
+        let epilogue = Epilogue::None;
+        let shape = Shape { rows, outputs, inputs, dtype, epilogue, y_row: outputs };
         let at =
             Addresses { x: of_x, x_scales: of_rows, w: NULL, w_scales: wide, bias: None, y: NULL };
         // SAFETY: `address` held the operands to their memory, and they and the buffers have the lengths that `shape`

@@ -18,6 +18,7 @@ use candle_core::{
 };
 
 use super::w8a8::{Addresses, Shape, w8a8_name};
+use crate::Epilogue;
 
 unsafe extern "C" {
     fn mmgp_w8a8_sm90(
@@ -28,6 +29,8 @@ unsafe extern "C" {
         bias: u64,
         y: u64,
         half: c_int,
+        gelu: c_int,
+        y_row: c_int,
         rows: c_int,
         outputs: c_int,
         inputs: c_int,
@@ -40,17 +43,18 @@ unsafe extern "C" {
 ///
 /// # Safety
 /// The codes of `x` and `w` have `rows` and `outputs` times `inputs` values, their scales and the bias one for each
-/// row and output, and `y`, which nobody else uses, `rows · outputs`. `inputs` is a multiple of 16, all fit 32 bits, and
+/// row and output, and `y`, which nobody else uses, `rows` of `outputs`, as far apart as the shape says and not closer than
+/// they are long. `inputs` is a multiple of 16, all fit 32 bits, and
 /// codes, bias and `y` begin at multiples of 16 bytes. All are ordered by `device`'s stream.
 pub(super) unsafe fn multiply(
     device: &CudaDevice,
-    Shape { rows, outputs, inputs, dtype }: Shape,
+    Shape { rows, outputs, inputs, dtype, epilogue, y_row }: Shape,
     at: &Addresses,
 ) -> Result<bool> {
     let stream = device.cuda_stream();
     let context = stream.context();
     let card = (context.attribute(MAJOR).w()?, context.attribute(MINOR).w()?);
-    if card != (9, 0) || !outputs.is_multiple_of(8) {
+    if card != (9, 0) || !outputs.is_multiple_of(8) || !y_row.is_multiple_of(8) {
         return Ok(false);
     }
     // The library finds the context by the thread.
@@ -65,6 +69,8 @@ pub(super) unsafe fn multiply(
             at.bias.unwrap_or(0), // null: none
             at.y,
             c_int::from(dtype == DType::F16),
+            c_int::from(epilogue == Epilogue::GeluTanh),
+            y_row as c_int,
             rows as c_int,
             outputs as c_int,
             inputs as c_int,
@@ -73,7 +79,7 @@ pub(super) unsafe fn multiply(
         )
     };
     if status != 0 {
-        let name = w8a8_name(dtype)?;
+        let name = w8a8_name(dtype, epilogue)?;
         bail!("{name}: CUTLASS refuses [{rows}, {outputs}] of {inputs} inputs: status {status}");
     }
     Ok(true)

@@ -9,6 +9,7 @@ mod fp8;
 #[cfg(w8a8_sm90)]
 mod hopper;
 mod image;
+mod output;
 mod product;
 mod w8a8;
 
@@ -23,7 +24,7 @@ use candle_core::{
 };
 use half::{bf16, f16};
 
-use crate::Codes;
+use crate::{Codes, Epilogue};
 
 pub use self::{
     fp8::{disable_fp8, enable_fp8, fp8_enabled, fp8_multiplies, fp8_product},
@@ -32,9 +33,9 @@ pub use self::{
     w8a8::{Int8Kernel, w8a8, w8a8_by},
 };
 pub(crate) use self::{
-    fp8::{fp8_name, quantized_to_fp8},
-    product::{add_product, product},
-    w8a8::{quantize_name, w8a8_name},
+    fp8::{fp8_name, fp8_product_into, quantized_to_fp8},
+    product::{add_product, product, product_into},
+    w8a8::{quantize_name, w8a8_into, w8a8_name},
 };
 
 /// Machine code and PTX of `int8.cu`.
@@ -99,8 +100,12 @@ pub(crate) fn add_bias_name(dtype: DType) -> Result<String> {
 }
 
 /// What a product is called in errors.
-pub(crate) fn product_name(dtype: DType, biased: bool) -> Result<String> {
-    Ok(format!("product_{}{}", short(dtype)?, if biased { "_bias" } else { "" }))
+pub(crate) fn product_name(dtype: DType, biased: bool, epilogue: Epilogue) -> Result<String> {
+    let behind = match epilogue {
+        Epilogue::None => "",
+        Epilogue::GeluTanh => "_gelu",
+    };
+    Ok(format!("product_{}{}{behind}", short(dtype)?, if biased { "_bias" } else { "" }))
 }
 
 /// What `layout` shows of a storage that must be contiguous and hold `T`.

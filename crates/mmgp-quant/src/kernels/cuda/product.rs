@@ -1,7 +1,7 @@
 //! `x · Wᵀ (+ bias)` in bf16 and f16 by one call of cublasLt, summed in f32 and rounded once.
 //!
 //! The same shape gets the same algorithm, hence the same bits, on one card with one library: algorithms are
-//! asked for by shape, dtype and presence of a bias alone, never by address or free memory, and none is
+//! asked for by shape, dtype, presence of a bias and epilogue alone, never by address or free memory, and none is
 //! taken that adds up parts in an order of chance or, but for e4m3, in less than f32. That holds because operands always begin
 //! at multiples of 16 bytes: those that do not are copied. Calls are queued on candle's stream and
 //! never synchronize the host.
@@ -10,7 +10,8 @@
 //! products in fewer bits than f32 has ("fast accumulation"): sums in full f32 took 13 to 27 % longer on an H100 and were off by
 //! 0.17 % in place of 0.18 to 0.28 %, where e4m3 itself costs 3.7 %.
 //!
-//! [`add_product`] is the same into columns of an output that is there already, for low-rank side paths.
+//! [`product_into`] writes columns of an output that is there already, with an activation if it is wanted;
+//! [`add_product`] adds to some, for low-rank side paths.
 //!
 //! The library thinks in columns: a row-major `[rows, columns]` tensor is to it a matrix of `columns` rows. So `W`
 //! comes first and transposed, `x` second as it is, and what comes out has a row for each output, which is
@@ -42,22 +43,36 @@ use candle_core::{
             },
         },
     },
-    op::BackpropOp,
 };
 use half::{bf16, f16};
 use parking_lot::Mutex;
 
+use super::output::{fresh, into};
+use crate::Epilogue;
+
 /// Operands begin at multiples of so many bytes: a vector of the kernels, and the least that all fast ones want.
-const ALIGNED: u32 = 16;
+pub(super) const ALIGNED: u32 = 16;
 
 /// `x · wᵀ (+ bias)` as a fresh `[rows, outputs]`: `x` `[rows, inputs]`, `w` `[outputs, inputs]` and `bias`
 /// `[outputs]` are contiguous, of one dtype and on one device. `None` for other dtypes than bf16 and f16, for empty
 /// tensors and for shapes that the library offers nothing for.
 pub(crate) fn product(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Option<Tensor>> {
+    fresh(x, w.dim(0)?, |y| product_into(x, w, bias, Epilogue::None, y))
+}
+
+/// The same with an epilogue into `y`, as [`into`] takes it; `false`, with `y` as it was, for what [`product`] answers
+/// with `None`, and where [`into`] says so.
+pub(crate) fn product_into(
+    x: &Tensor,
+    w: &Tensor,
+    bias: Option<&Tensor>,
+    epilogue: Epilogue,
+    y: &Tensor,
+) -> Result<bool> {
     match x.dtype() {
-        DType::BF16 => product_of::<bf16>(x, w, bias),
-        DType::F16 => product_of::<f16>(x, w, bias),
-        _ => Ok(None),
+        DType::BF16 => product_of::<bf16>(x, w, bias, epilogue, y),
+        DType::F16 => product_of::<f16>(x, w, bias, epilogue, y),
+        _ => Ok(false),
     }
 }
 
@@ -80,38 +95,45 @@ impl Half for f16 {
     const TYPE: sys::cudaDataType = sys::cudaDataType::CUDA_R_16F;
 }
 
-fn product_of<T: Half>(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Option<Tensor>> {
+fn product_of<T: Half>(
+    x: &Tensor,
+    w: &Tensor,
+    bias: Option<&Tensor>,
+    epilogue: Epilogue,
+    y: &Tensor,
+) -> Result<bool> {
     let ((rows, inputs), (outputs, width)) = (x.dims2()?, w.dims2()?);
-    if width != inputs || bias.is_some_and(|bias| bias.dims() != [outputs]) {
+    let fits = width == inputs && y.dims() == [rows, outputs];
+    if !fits || bias.is_some_and(|bias| bias.dims() != [outputs]) {
         bail!(
-            "linear: input {:?}, weight {:?}, bias {:?}",
+            "linear: input {:?}, weight {:?}, bias {:?}, output {:?}",
             x.dims(),
             w.dims(),
-            bias.map(Tensor::dims)
+            bias.map(Tensor::dims),
+            y.dims()
         );
     }
     let Device::Cuda(device) = x.device() else {
         bail!("linear: a product of the GPU was given a tensor of another device");
     };
-    let Some(len) = rows.checked_mul(outputs).filter(|&len| len > 0 && inputs > 0) else {
-        return Ok(None);
-    };
+    if rows == 0 || outputs == 0 || inputs == 0 {
+        return Ok(false);
+    }
     let (x, w) = (aligned::<T>(x, device)?, aligned::<T>(w, device)?);
     let bias = bias.map(|bias| aligned::<T>(bias, device)).transpose()?;
-    let shape = Shape {
-        rows,
-        outputs,
-        inputs,
-        operands: Operands::Halves,
-        dtype: T::TYPE,
-        bias: bias.is_some(),
-        x: Place { row: inputs, begins: ALIGNED },
-        y: Place { row: outputs, begins: ALIGNED },
-    };
-    // SAFETY: `T` is plain numbers, and the product below writes all `len` of them; without it they are dropped.
-    let mut out = unsafe { device.alloc::<T>(len)? };
-    {
+    into::<T>(device, y, |y| {
         let stream = device.cuda_stream();
+        let shape = Shape {
+            rows,
+            outputs,
+            inputs,
+            operands: Operands::Halves,
+            dtype: T::TYPE,
+            bias: bias.is_some(),
+            epilogue,
+            x: Place { row: inputs, begins: ALIGNED },
+            y: Place { row: y.row, begins: ALIGNED },
+        };
         // All stay locked until the product is queued.
         let (x, w) = (x.storage_and_layout(), w.storage_and_layout());
         let bias = bias.as_ref().map(Tensor::storage_and_layout);
@@ -121,16 +143,11 @@ fn product_of<T: Half>(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<
             Some(bias) => Some(address::<T>(&bias.0, bias.1, &stream)?).unzip(),
             None => (None, None),
         };
-        let (y, _y) = out.device_ptr_mut(&stream);
-        let at = Addresses { x, w, scales: None, bias, y };
-        // SAFETY: `address` held the operands to their memory, and their shapes are those of `shape`, as is `y`'s
-        // length. All lie on `stream`'s device, are ordered by it, and `y` overlaps nothing.
-        if !unsafe { run(device, &stream, shape, &at, (1., 0.))? } {
-            return Ok(None);
-        }
-    }
-    let storage = Storage::Cuda(CudaStorage::wrap_cuda_slice(out, device.clone()));
-    Ok(Some(Tensor::from_storage(storage, (rows, outputs), BackpropOp::none(), false)))
+        let at = Addresses { x, w, scales: None, bias, y: y.address };
+        // SAFETY: `address` and `into` held the operands to their memory, and their shapes are those of `shape`. All lie
+        // on `stream`'s device, are ordered by it, and `y` is borrowed mutably, so overlaps nothing.
+        unsafe { run(device, &stream, shape, &at, (1., 0.)) }
+    })
 }
 
 /// Adds `scale · t[:, first..] · bᵀ` to the columns of `y` from `column` on, in place: `y` `[rows, width]`, `t`
@@ -203,6 +220,7 @@ impl AddProduct<'_> {
             operands: Operands::Halves,
             dtype: T::TYPE,
             bias: false,
+            epilogue: Epilogue::None,
             x: Place { row: ranks, begins: begins::<T>(first) },
             y: Place { row: width, begins: begins::<T>(column) },
         };
@@ -247,7 +265,7 @@ pub(super) fn aligned<T: CudaDType + DeviceRepr + 'static>(
     if is_multiple(begins, ALIGNED) { Ok(tensor.clone()) } else { tensor.force_contiguous() }
 }
 
-fn is_multiple(address: u64, bytes: u32) -> bool {
+pub(super) fn is_multiple(address: u64, bytes: u32) -> bool {
     address.is_multiple_of(u64::from(bytes))
 }
 
@@ -282,6 +300,7 @@ pub(super) struct Shape {
     /// Of the output, and of the bias.
     dtype: sys::cudaDataType,
     bias: bool,
+    epilogue: Epilogue,
     x: Place,
     y: Place,
 }
@@ -305,8 +324,13 @@ struct Place {
 }
 
 impl Shape {
-    /// A product in e4m3 of contiguous operands that begin as all do, its output in `T`.
-    pub(super) fn fp8<T: Half>((rows, outputs, inputs): (usize, usize, usize), bias: bool) -> Self {
+    /// A product in e4m3 of contiguous operands that begin as all do, its output in `T` and in rows so far apart.
+    pub(super) fn fp8<T: Half>(
+        (rows, outputs, inputs): (usize, usize, usize),
+        bias: bool,
+        epilogue: Epilogue,
+        row: usize,
+    ) -> Self {
         Self {
             rows,
             outputs,
@@ -314,17 +338,19 @@ impl Shape {
             operands: Operands::Fp8,
             dtype: T::TYPE,
             bias,
+            epilogue,
             x: Place { row: inputs, begins: ALIGNED },
-            y: Place { row: outputs, begins: ALIGNED },
+            y: Place { row, begins: ALIGNED },
         }
     }
 
     fn error(&self, what: &str, error: CublasError) -> Error {
-        let Self { rows, outputs, inputs, operands, dtype, bias, .. } = self;
+        let Self { rows, outputs, inputs, operands, dtype, bias, epilogue, .. } = self;
         let of = if *operands == Operands::Fp8 { " of e4m3" } else { "" };
         Error::msg(format!(
-            "cublasLt: {what} a product{of} of [{rows}, {inputs}] and [{outputs}, {inputs}] in {dtype:?}{}: {:?}",
+            "cublasLt: {what} a product{of} of [{rows}, {inputs}] and [{outputs}, {inputs}] in {dtype:?}{}{}: {:?}",
             if *bias { " with a bias" } else { "" },
+            if *epilogue == Epilogue::GeluTanh { ", GELU behind it" } else { "" },
             error.0
         ))
     }
@@ -484,8 +510,8 @@ struct Plan {
 impl Plan {
     fn new(handle: sys::cublasLtHandle_t, shape: Shape, most: usize) -> Answer<Option<Self>> {
         use sys::cublasStatus_t::{CUBLAS_STATUS_INVALID_VALUE, CUBLAS_STATUS_NOT_SUPPORTED};
-        let Shape { rows, outputs, inputs, dtype, bias, .. } = shape;
-        let operation = Operation::new(bias, shape.operands)?;
+        let Shape { rows, outputs, inputs, dtype, .. } = shape;
+        let operation = Operation::new(shape)?;
         let of = match shape.operands {
             Operands::Halves => dtype,
             Operands::Fp8 => sys::cudaDataType::CUDA_R_8F_E4M3,
@@ -540,10 +566,13 @@ fn reduction(algorithm: &sys::cublasLtMatmulAlgo_t) -> Answer<u32> {
 struct Operation(sys::cublasLtMatmulDesc_t);
 
 impl Operation {
-    fn new(bias: bool, operands: Operands) -> Answer<Self> {
+    fn new(Shape { bias, epilogue, operands, .. }: Shape) -> Answer<Self> {
         use sys::{
             cublasComputeType_t::CUBLAS_COMPUTE_32F,
-            cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS,
+            cublasLtEpilogue_t::{
+                CUBLASLT_EPILOGUE_BIAS, CUBLASLT_EPILOGUE_DEFAULT, CUBLASLT_EPILOGUE_GELU,
+                CUBLASLT_EPILOGUE_GELU_BIAS,
+            },
             cublasLtMatmulDescAttributes_t::{
                 CUBLASLT_MATMUL_DESC_A_SCALE_MODE, CUBLASLT_MATMUL_DESC_B_SCALE_MODE,
                 CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_MATMUL_DESC_FAST_ACCUM,
@@ -554,8 +583,15 @@ impl Operation {
         };
         let new = Self(result::create_matmul_desc(CUBLAS_COMPUTE_32F, CUDA_R_32F)?);
         new.set(CUBLASLT_MATMUL_DESC_TRANSA, cublasOperation_t::CUBLAS_OP_T as i32)?;
+        let behind = match (epilogue, bias) {
+            (Epilogue::None, false) => CUBLASLT_EPILOGUE_DEFAULT,
+            (Epilogue::None, true) => CUBLASLT_EPILOGUE_BIAS,
+            // Theirs is the approximation by tanh.
+            (Epilogue::GeluTanh, false) => CUBLASLT_EPILOGUE_GELU,
+            (Epilogue::GeluTanh, true) => CUBLASLT_EPILOGUE_GELU_BIAS,
+        };
+        new.set(CUBLASLT_MATMUL_DESC_EPILOGUE, behind as u32)?;
         if bias {
-            new.set(CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_EPILOGUE_BIAS as u32)?;
             // Planning never reads a bias, but looks at how its address is aligned: as badly as any may be.
             new.set_bias(u64::from(ALIGNED))?;
         }

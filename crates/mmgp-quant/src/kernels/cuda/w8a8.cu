@@ -175,12 +175,21 @@ static __device__ __forceinline__ void fetch(
     }
 }
 
-// `y = row scale * (column scale * x wT) + bias`, summed exactly, then in f32, rounded once.
-template <typename T>
+// What becomes of an output before it is rounded. GELU by tanh is 1/2 v (1 + tanh u) = v sigmoid(2 u),
+// u = sqrt(2 / pi) (v + 0.044715 v^3): 0 where e^-2u is past 2^126.
+template <bool GELU> static __device__ __forceinline__ float behind(float v) {
+    if (!GELU) return v;
+    const float u = __fmul_rn(__fmul_rn(1.5957691f, v), fmaf(__fmul_rn(0.044715f, v), v, 1.f));
+    return __fdividef(v, __fadd_rn(1.f, expf(-u)));
+}
+
+// `y = row scale * (column scale * x wT) + bias`, summed exactly, then in f32, with what comes behind it, rounded once. Rows
+// of `y` are `y_row` values apart.
+template <typename T, bool GELU>
 static __device__ __forceinline__ void product(
     const int8_t *__restrict__ x, const float *__restrict__ x_scales, const int8_t *__restrict__ w,
     const float *__restrict__ w_scales, const T *__restrict__ bias, T *__restrict__ y, int rows,
-    int outputs, int inputs
+    int outputs, int inputs, int y_row
 ) {
     static_assert(M == N, "one way to fetch");
     __shared__ __align__(128) uint8_t shared[STAGES * (M + N) * K];
@@ -256,26 +265,30 @@ static __device__ __forceinline__ void product(
                 const float of_row = row0 + at < rows ? x_scales[row0 + at] : 0.f;
                 typename Half<T>::Pair pair;
                 const int *sum = sums[i][j] + r * 2;
-                pair.x = Half<T>::rounded(__fmaf_rn(of_row, __fmul_rn(scales[0], __int2float_rn(sum[0])), biases[0]));
-                pair.y = Half<T>::rounded(__fmaf_rn(of_row, __fmul_rn(scales[1], __int2float_rn(sum[1])), biases[1]));
+                pair.x = Half<T>::rounded(behind<GELU>(
+                    __fmaf_rn(of_row, __fmul_rn(scales[0], __int2float_rn(sum[0])), biases[0])
+                ));
+                pair.y = Half<T>::rounded(behind<GELU>(
+                    __fmaf_rn(of_row, __fmul_rn(scales[1], __int2float_rn(sum[1])), biases[1])
+                ));
                 *reinterpret_cast<typename Half<T>::Pair *>(out + at * LINE + column + j * 8) = pair;
             }
     }
     __syncthreads();
     const int wide = min(N, outputs - column0), lines = min(M, rows - row0);
-    T *to = y + (u64)row0 * outputs + column0;
-    if (outputs % 8 == 0) {
+    T *to = y + (u64)row0 * y_row + column0;
+    if (outputs % 8 == 0 && y_row % 8 == 0) {
         const int vectors = wide / 8;
         for (int at = threadIdx.x; at < lines * (N / 8); at += THREADS) {
             const int row = at / (N / 8), vector = at % (N / 8);
             if (vector < vectors)
-                reinterpret_cast<uint4 *>(to + (u64)row * outputs)[vector] =
+                reinterpret_cast<uint4 *>(to + (u64)row * y_row)[vector] =
                     *reinterpret_cast<const uint4 *>(out + row * LINE + vector * 8);
         }
     } else {
         for (int at = threadIdx.x; at < lines * N; at += THREADS) {
             const int row = at / N, c = at % N;
-            if (c < wide) to[(u64)row * outputs + c] = out[row * LINE + c];
+            if (c < wide) to[(u64)row * y_row + c] = out[row * LINE + c];
         }
     }
 }
@@ -290,12 +303,12 @@ static __device__ __forceinline__ void product(
 #define QUANTIZE(NAME, T, S)                                                                       \
     QUANTIZE_TO(quantize_##NAME, Int8, T, S)                                                       \
     QUANTIZE_TO(quantize_fp8_##NAME, Fp8, T, S)
-#define PRODUCT(NAME, T)                                                                           \
+#define PRODUCT(NAME, T, GELU)                                                                     \
     extern "C" __global__ void __launch_bounds__(THREADS, 2) NAME(                                 \
         const int8_t *x, const float *x_scales, const int8_t *w, const float *w_scales,            \
-        const T *bias, T *y, int rows, int outputs, int inputs                                     \
+        const T *bias, T *y, int rows, int outputs, int inputs, int y_row                          \
     ) {                                                                                            \
-        product<T>(x, x_scales, w, w_scales, bias, y, rows, outputs, inputs);                      \
+        product<T, GELU>(x, x_scales, w, w_scales, bias, y, rows, outputs, inputs, y_row);         \
     }
 
 QUANTIZE(bf16_bf16, __nv_bfloat16, __nv_bfloat16)
@@ -304,5 +317,7 @@ QUANTIZE(bf16_f32, __nv_bfloat16, float)
 QUANTIZE(f16_bf16, __half, __nv_bfloat16)
 QUANTIZE(f16_f16, __half, __half)
 QUANTIZE(f16_f32, __half, float)
-PRODUCT(w8a8_bf16, __nv_bfloat16)
-PRODUCT(w8a8_f16, __half)
+PRODUCT(w8a8_bf16, __nv_bfloat16, false)
+PRODUCT(w8a8_f16, __half, false)
+PRODUCT(w8a8_gelu_bf16, __nv_bfloat16, true)
+PRODUCT(w8a8_gelu_f16, __half, true)

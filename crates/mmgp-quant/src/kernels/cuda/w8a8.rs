@@ -6,22 +6,21 @@
 //! get equal bits wherever operands lie. Calls are queued on candle's stream and never synchronize the host.
 
 use candle_core::{
-    CudaDevice, CudaStorage, DType, Device, Result, Storage, Tensor, bail,
+    CudaDevice, DType, Device, Result, Tensor, bail,
     cuda_backend::{
         CudaDType, WrapErr,
         cudarc::driver::{DevicePtrMut, DeviceRepr, LaunchConfig, PushKernelArg},
     },
-    op::BackpropOp,
 };
 use half::{bf16, f16};
 
-use crate::Codes;
-
 use super::{
     KernelImage, infix,
-    product::{address, aligned},
+    output::{fresh, into},
+    product::{Half, address, aligned},
     short,
 };
+use crate::{Codes, Epilogue};
 
 /// Machine code and PTX of `w8a8.cu`.
 pub(super) static KERNELS: KernelImage =
@@ -76,14 +75,27 @@ pub fn w8a8_by(
     bias: Option<&Tensor>,
     kernel: Int8Kernel,
 ) -> Result<Option<Tensor>> {
+    fresh(x, codes.dim(0)?, |y| w8a8_into(x, codes, scales, bias, (Epilogue::None, y), kernel))
+}
+
+/// [`w8a8_by`] with an epilogue into `y`, as [`into`] takes it; `false`, with `y` as it was, for what that answers with
+/// `None`, and where [`into`] says so.
+pub(crate) fn w8a8_into(
+    x: &Tensor,
+    codes: &Tensor,
+    scales: &Tensor,
+    bias: Option<&Tensor>,
+    to: (Epilogue, &Tensor),
+    kernel: Int8Kernel,
+) -> Result<bool> {
     match (x.dtype(), scales.dtype()) {
-        (DType::BF16, DType::BF16) => run::<bf16, bf16>(x, codes, scales, bias, kernel),
-        (DType::BF16, DType::F16) => run::<bf16, f16>(x, codes, scales, bias, kernel),
-        (DType::BF16, DType::F32) => run::<bf16, f32>(x, codes, scales, bias, kernel),
-        (DType::F16, DType::BF16) => run::<f16, bf16>(x, codes, scales, bias, kernel),
-        (DType::F16, DType::F16) => run::<f16, f16>(x, codes, scales, bias, kernel),
-        (DType::F16, DType::F32) => run::<f16, f32>(x, codes, scales, bias, kernel),
-        _ => Ok(None),
+        (DType::BF16, DType::BF16) => run::<bf16, bf16>(x, codes, scales, bias, to, kernel),
+        (DType::BF16, DType::F16) => run::<bf16, f16>(x, codes, scales, bias, to, kernel),
+        (DType::BF16, DType::F32) => run::<bf16, f32>(x, codes, scales, bias, to, kernel),
+        (DType::F16, DType::BF16) => run::<f16, bf16>(x, codes, scales, bias, to, kernel),
+        (DType::F16, DType::F16) => run::<f16, f16>(x, codes, scales, bias, to, kernel),
+        (DType::F16, DType::F32) => run::<f16, f32>(x, codes, scales, bias, to, kernel),
+        _ => Ok(false),
     }
 }
 
@@ -93,51 +105,60 @@ pub(crate) fn quantize_name(to: Codes, dtype: DType, scale: DType) -> Result<Str
 }
 
 /// The product's name: of its kernel, or in errors.
-pub(crate) fn w8a8_name(dtype: DType) -> Result<String> {
-    Ok(format!("w8a8_{}", short(dtype)?))
+pub(crate) fn w8a8_name(dtype: DType, epilogue: Epilogue) -> Result<String> {
+    let behind = match epilogue {
+        Epilogue::None => "",
+        Epilogue::GeluTanh => "gelu_",
+    };
+    Ok(format!("w8a8_{behind}{}", short(dtype)?))
 }
 
-fn run<T: CudaDType + DeviceRepr + 'static, S: CudaDType + DeviceRepr + 'static>(
+fn run<T: Half, S: CudaDType + DeviceRepr + 'static>(
     x: &Tensor,
     codes: &Tensor,
     scales: &Tensor,
     bias: Option<&Tensor>,
+    (epilogue, y): (Epilogue, &Tensor),
     kernel: Int8Kernel,
-) -> Result<Option<Tensor>> {
+) -> Result<bool> {
     let ((rows, inputs), (outputs, width)) = (x.dims2()?, codes.dims2()?);
     let fits = bias.is_none_or(|bias| bias.dims() == [outputs] && bias.dtype() == x.dtype());
+    let fits = fits && y.dims() == [rows, outputs];
     if width != inputs || scales.elem_count() != outputs || !fits {
         bail!(
-            "int8 linear: input {:?}, codes {:?}, scales {:?}, bias {:?}",
+            "int8 linear: input {:?}, codes {:?}, scales {:?}, bias {:?}, output {:?}",
             x.dims(),
             codes.dims(),
             scales.dims(),
-            bias.map(Tensor::dims)
+            bias.map(Tensor::dims),
+            y.dims()
         );
     }
     let Device::Cuda(device) = x.device() else {
         bail!("int8 linear: a product of the GPU was given a tensor of another device");
     };
     if rows == 0 || outputs == 0 || inputs == 0 || !inputs.is_multiple_of(16) {
-        return Ok(None);
+        return Ok(false);
     }
     if rows > LONGEST || outputs > LONGEST || inputs > MOST_INPUTS {
-        return Ok(None);
+        return Ok(false);
     }
     let (dtype, stored) = (x.dtype(), scales.dtype());
     let (x, codes) = (aligned::<T>(x, device)?, aligned::<u8>(codes, device)?);
     let bias = bias.map(|bias| aligned::<T>(bias, device)).transpose()?;
-    let stream = device.cuda_stream();
-    // SAFETY: all are plain numbers, and kernels write each before another reads it.
-    let (mut quantized, mut wide, mut row_scales, mut out) = unsafe {
-        (
-            device.alloc::<u8>(rows * inputs)?,
-            device.alloc::<f32>(outputs)?,
-            device.alloc::<f32>(rows)?,
-            device.alloc::<T>(rows * outputs)?,
-        )
-    };
-    {
+    into::<T>(device, y, |y| {
+        if y.row > LONGEST {
+            return Ok(false);
+        }
+        let stream = device.cuda_stream();
+        // SAFETY: all are plain numbers, and kernels write each before another reads it.
+        let (mut quantized, mut wide, mut row_scales) = unsafe {
+            (
+                device.alloc::<u8>(rows * inputs)?,
+                device.alloc::<f32>(outputs)?,
+                device.alloc::<f32>(rows)?,
+            )
+        };
         // All stay locked until the product is queued.
         let (x, codes) = (x.storage_and_layout(), codes.storage_and_layout());
         let (scales, bias) =
@@ -152,11 +173,11 @@ fn run<T: CudaDType + DeviceRepr + 'static, S: CudaDType + DeviceRepr + 'static>
         let (quantized, _quantized) = quantized.device_ptr_mut(&stream);
         let (wide, _wide) = wide.device_ptr_mut(&stream);
         let (row_scales, _row_scales) = row_scales.device_ptr_mut(&stream);
-        let (y, _y) = out.device_ptr_mut(&stream);
-        let shape = Shape { rows, outputs, inputs, dtype };
-        let at = Addresses { x: quantized, x_scales: row_scales, w, w_scales: wide, bias, y };
-        // SAFETY: `address` held the operands to their memory, and they and the four buffers have the lengths that
-        // `shape` says. All lie on `stream`'s device and are ordered by it; the buffers overlap nothing.
+        let shape = Shape { rows, outputs, inputs, dtype, epilogue, y_row: y.row };
+        let at =
+            Addresses { x: quantized, x_scales: row_scales, w, w_scales: wide, bias, y: y.address };
+        // SAFETY: `address` and `into` held the operands to their memory, and they and the three buffers have the lengths
+        // that `shape` says. All lie on `stream`'s device and are ordered by it; the buffers overlap nothing.
         unsafe {
             quantize(device, Codes::Int8, shape, (x, scales, stored), &at)?;
             let done = kernel == Int8Kernel::Fastest && multiply_on_hopper(device, shape, &at)?;
@@ -164,9 +185,8 @@ fn run<T: CudaDType + DeviceRepr + 'static, S: CudaDType + DeviceRepr + 'static>
                 multiply(device, shape, &at)?;
             }
         }
-    }
-    let storage = Storage::Cuda(CudaStorage::wrap_cuda_slice(out, device.clone()));
-    Ok(Some(Tensor::from_storage(storage, (rows, outputs), BackpropOp::none(), false)))
+        Ok(true)
+    })
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -175,6 +195,9 @@ pub(super) struct Shape {
     pub(super) outputs: usize,
     pub(super) inputs: usize,
     pub(super) dtype: DType,
+    pub(super) epilogue: Epilogue,
+    /// Values of the output from one row to the next.
+    pub(super) y_row: usize,
 }
 
 /// Where the operands of a product lie on the GPU.
@@ -198,7 +221,7 @@ pub(super) struct Addresses {
 pub(super) unsafe fn quantize(
     device: &CudaDevice,
     to: Codes,
-    Shape { rows, outputs, inputs, dtype }: Shape,
+    Shape { rows, outputs, inputs, dtype, .. }: Shape,
     (x, scales, stored): (u64, u64, DType),
     at: &Addresses,
 ) -> Result<()> {
@@ -224,14 +247,14 @@ pub(super) unsafe fn quantize(
 ///
 /// # Safety
 /// The codes of `x` and `w` have `rows` and `outputs` times `inputs` values, their scales and the bias one for each
-/// row and output, and `y`, which nobody else uses, `rows · outputs`; codes and `y` begin at multiples of 16 bytes. All
-/// are ordered by `device`'s stream.
+/// row and output, and `y`, which nobody else uses, `rows` of `outputs`, as far apart as the shape says and not closer than
+/// they are long; codes and `y` begin at multiples of 16 bytes. All are ordered by `device`'s stream.
 unsafe fn multiply(
     device: &CudaDevice,
-    Shape { rows, outputs, inputs, dtype }: Shape,
+    Shape { rows, outputs, inputs, dtype, epilogue, y_row }: Shape,
     at: &Addresses,
 ) -> Result<()> {
-    let name = w8a8_name(dtype)?;
+    let name = w8a8_name(dtype, epilogue)?;
     let kernel = KERNELS.function(device, &name)?;
     let tiles = rows.div_ceil(TILE) * outputs.div_ceil(TILE);
     let Some(tiles) = i32::try_from(tiles).ok().and_then(|tiles| u32::try_from(tiles).ok()) else {
@@ -240,11 +263,12 @@ unsafe fn multiply(
     let config =
         LaunchConfig { grid_dim: (tiles, 1, 1), block_dim: (THREADS, 1, 1), shared_mem_bytes: 0 };
     let (rows, outputs, inputs) = (rows as i32, outputs as i32, inputs as i32);
+    let y_row = y_row as i32;
     let bias = at.bias.unwrap_or(0); // null: none
     let stream = device.cuda_stream();
     let mut launch = stream.launch_builder(&kernel);
     launch.arg(&at.x).arg(&at.x_scales).arg(&at.w).arg(&at.w_scales).arg(&bias).arg(&at.y);
-    launch.arg(&rows).arg(&outputs).arg(&inputs);
+    launch.arg(&rows).arg(&outputs).arg(&inputs).arg(&y_row);
     // SAFETY: the arguments are those of the kernel of this name, and the caller upholds their lengths.
     unsafe { launch.launch(config) }.w()?;
     Ok(())

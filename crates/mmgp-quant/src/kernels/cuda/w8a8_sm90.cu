@@ -19,23 +19,44 @@ namespace {
 using namespace cute;
 namespace fusion = cutlass::epilogue::fusion;
 
-template <typename Out> struct RowsByColumns {
+// GELU by tanh: 1/2 v (1 + tanh u) = v sigmoid(2 u), u = sqrt(2 / pi) (v + 0.044715 v^3), by the f32 operations of `w8a8.cu`.
+template <typename T> struct GeluTanh;
+template <> struct GeluTanh<float> {
+    CUTLASS_DEVICE float operator()(float v) const {
+        const float u = __fmul_rn(__fmul_rn(1.5957691f, v), fmaf(__fmul_rn(0.044715f, v), v, 1.f));
+        return __fdividef(v, __fadd_rn(1.f, expf(-u)));
+    }
+};
+template <int N> struct GeluTanh<cutlass::Array<float, N>> {
+    CUTLASS_DEVICE cutlass::Array<float, N> operator()(const cutlass::Array<float, N> &v) const {
+        cutlass::Array<float, N> y;
+        CUTLASS_PRAGMA_UNROLL
+        for (int i = 0; i < N; i++) y[i] = GeluTanh<float>()(v[i]);
+        return y;
+    }
+};
+
+template <typename Out, bool GELU> struct RowsByColumns {
     using Tile = Shape<_128, _128, _128>;
     using Cluster = Shape<_1, _1, _1>;
     using Row = cutlass::layout::RowMajor;
     using Column = cutlass::layout::ColumnMajor; // a row-major weight, transposed
     static constexpr auto NEAREST = cutlass::FloatRoundStyle::round_to_nearest;
 
-    // row scale * (column scale * sum) + bias, in f32, rounded once
+    // row scale * (column scale * sum) + bias, in f32, then GELU if it is wanted, rounded once
     using OfRows = fusion::Sm90ColBroadcast<0, Tile, float, float>;
     using OfColumns = fusion::Sm90RowBroadcast<0, Tile, float, float>;
     using Bias = fusion::Sm90RowBroadcast<0, Tile, Out, float>;
     using Scaled = fusion::Sm90EVT<
         fusion::Sm90Compute<cutlass::multiplies, float, float, NEAREST>,
         OfColumns, fusion::Sm90AccFetch>;
-    using Result = fusion::Sm90EVT<
-        fusion::Sm90Compute<cutlass::homogeneous_multiply_add, Out, float, NEAREST>,
+    template <typename To>
+    using Biased = fusion::Sm90EVT<
+        fusion::Sm90Compute<cutlass::homogeneous_multiply_add, To, float, NEAREST>,
         OfRows, Scaled, Bias>;
+    using Activated = fusion::Sm90EVT<
+        fusion::Sm90Compute<GeluTanh, Out, float, NEAREST>, Biased<float>>;
+    using Result = std::conditional_t<GELU, Activated, Biased<Out>>;
 
     using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
         cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Tile, Cluster,
@@ -53,20 +74,26 @@ template <typename Out> struct RowsByColumns {
 
     static int run(
         const int8_t *x, const float *x_scales, const int8_t *w, const float *w_scales,
-        const Out *bias, Out *y, int rows, int outputs, int inputs, int processors, cudaStream_t stream
+        const Out *bias, Out *y, int y_row, int rows, int outputs, int inputs, int processors,
+        cudaStream_t stream
     ) {
         typename Gemm::Arguments arguments{
             cutlass::gemm::GemmUniversalMode::kGemm,
             {rows, outputs, inputs, 1},
             {x, typename Kernel::StrideA{inputs, {}, 0}, w, typename Kernel::StrideB{inputs, {}, 0}},
-            {{}, nullptr, {}, y, typename Kernel::StrideD{outputs, {}, 0}},
+            {{}, nullptr, {}, y, typename Kernel::StrideD{y_row, {}, 0}},
         };
-        arguments.epilogue.thread = {
+        const typename Biased<std::conditional_t<GELU, float, Out>>::Arguments biased{
             {x_scales},
             {{w_scales}, {}, {}},
             {bias}, // none: zero
             {},
         };
+        if constexpr (GELU) {
+            arguments.epilogue.thread = {biased, {}};
+        } else {
+            arguments.epilogue.thread = biased;
+        }
         arguments.hw_info.sm_count = processors;
         using Scheduler = std::remove_reference_t<decltype(arguments.scheduler)>;
         using Raster = decltype(Scheduler{}.raster_order);
@@ -82,21 +109,27 @@ template <typename Out> struct RowsByColumns {
 
 } // namespace
 
-// Queues `y = x_scales * (w_scales * x wT) + bias` on `stream`: `x` `[rows, inputs]`, `w` `[outputs, inputs]`, `y`
-// `[rows, outputs]`, all at multiples of 16 bytes; `inputs` is a multiple of 16, `outputs` of 8, and the bias may be
-// null. `y` and the bias are bf16, or f16 where `half` is not 0. Returns 0, or CUTLASS's status.
+// Queues `y = x_scales * (w_scales * x wT) + bias` on `stream`, with GELU behind it where `gelu` is not 0: `x` `[rows,
+// inputs]`, `w` `[outputs, inputs]`, `y` `rows` of `outputs`, `y_row` values apart, all at multiples of 16 bytes; `inputs` is a
+// multiple of 16, `outputs` and `y_row` of 8, and the bias may be null. `y` and the bias are bf16, or f16 where `half` is
+// not 0. Returns 0, or CUTLASS's status.
 extern "C" int mmgp_w8a8_sm90(
     const void *x, const void *x_scales, const void *w, const void *w_scales, const void *bias, void *y,
-    int half, int rows, int outputs, int inputs, int processors, void *stream
+    int half, int gelu, int y_row, int rows, int outputs, int inputs, int processors, void *stream
 ) {
-    const auto run = [&](auto out) {
+    const auto run = [&](auto out, auto with) {
         using Out = decltype(out);
-        return RowsByColumns<Out>::run(
+        return RowsByColumns<Out, decltype(with)::value>::run(
             static_cast<const int8_t *>(x), static_cast<const float *>(x_scales),
             static_cast<const int8_t *>(w), static_cast<const float *>(w_scales),
-            static_cast<const Out *>(bias), static_cast<Out *>(y), rows, outputs, inputs, processors,
-            static_cast<cudaStream_t>(stream)
+            static_cast<const Out *>(bias), static_cast<Out *>(y), y_row, rows, outputs, inputs,
+            processors, static_cast<cudaStream_t>(stream)
         );
     };
-    return half ? run(cutlass::half_t()) : run(cutlass::bfloat16_t());
+    if (gelu) {
+        const std::true_type with;
+        return half ? run(cutlass::half_t(), with) : run(cutlass::bfloat16_t(), with);
+    }
+    const std::false_type without;
+    return half ? run(cutlass::half_t(), without) : run(cutlass::bfloat16_t(), without);
 }
