@@ -122,6 +122,12 @@ fn cuda(ordinal: usize, gpu: &GpuUse) -> mmgp_residency::Result<Opened> {
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
     let driver = crate::tested::driver_in(&maps);
     if let Device::Cuda(device) = cuda.candle() {
+        let compiled = self_test(&card, driver.as_deref(), &crate::modules::sources(), || {
+            Ok(crate::modules::compile(device)?)
+        });
+        if let Err(why) = compiled {
+            tracing::info!("the tensor library's kernels are compiled when they are used: {why}");
+        }
         enable_tested(cuda.candle(), device, &card, driver.as_deref(), gpu.activations)?;
     }
     let machine = driver.map(|driver| format!("{card}, {driver}, {}", host()));
@@ -197,7 +203,8 @@ fn enable_tested(
 #[cfg(feature = "cuda")]
 type TestResult = Result<(), mmgp_quant::Error>;
 
-/// Tests what computes on the card, once for this card, driver and build: kernels, and versions of libraries.
+/// Tests what computes on the card, once for this card, driver and build: kernels, and versions of libraries. What is done
+/// once for them and is no test goes through here too.
 #[cfg(feature = "cuda")]
 fn self_test(
     card: &str,

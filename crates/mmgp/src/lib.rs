@@ -41,6 +41,8 @@ mod device;
 mod error;
 mod image;
 mod latents;
+#[cfg(feature = "cuda")]
+mod modules;
 mod names;
 mod notes;
 mod offload;

@@ -15,7 +15,7 @@ use crate::{
     cogvideox::{
         CogVideoXConfig, CogVideoXInputs, CogVideoXTransformer, dynamic_guidance, positions,
     },
-    nn::Samples,
+    nn::{Samples, add_scaled},
     noise::TorchGenerator,
     pipeline::{
         Kept, check_frames, check_image, check_numbers, check_side, fits, pictures, to_tensor,
@@ -339,7 +339,7 @@ impl CogVideoXPipeline {
                     }
                 };
                 let (without, with) = (output.narrow(0, 0, 1)?, output.narrow(0, 1, 1)?);
-                output = (&without + ((with - &without)? * scale)?)?;
+                output = add_scaled(&without, &add_scaled(&with, &without, -1.)?, scale)?;
             }
             match &schedule {
                 Schedule::Ddim(schedule) => x = schedule.step(step, &output, &x)?,

@@ -12,7 +12,8 @@ use crate::{
     Error, Result,
     cogvideox::{CogVideoXBlock, CogVideoXConfig, positions::Sinusoids},
     nn::{
-        Activation, LayerNorm, Mlp, Modulation, Patch, PatchConv, Rope, Samples, timestep_embedding,
+        Activation, LayerNorm, Mlp, Modulation, Patch, PatchConv, Rope, Samples, add,
+        timestep_embedding,
     },
 };
 
@@ -333,19 +334,19 @@ impl Stem {
         };
         let mut vector = embedded(&self.timestep, &inputs.timestep, self.hidden)?;
         if let (Some((mlp, width)), Some(ofs)) = (&self.ofs, &inputs.ofs) {
-            vector = (vector + embedded(mlp, ofs, *width)?)?;
+            vector = add(&vector, &embedded(mlp, ofs, *width)?)?;
         }
         let rows = self.patch.cut(&inputs.hidden_states.to_dtype(self.compute)?)?;
         let mut image = self.patches.forward(&rows)?;
         drop(rows);
         let mut text = self.text.forward(&inputs.encoder_hidden_states.to_dtype(self.compute)?)?;
         if let Some(sinusoids) = sinusoids {
-            image = image.broadcast_add(&sinusoids.table()?.to_dtype(self.compute)?)?;
+            image = add(&image, &sinusoids.table()?.to_dtype(self.compute)?)?;
         }
         if let Some(table) = &self.learned {
             let (m, n) = (text.dim(1)?, image.dim(1)?);
-            text = text.broadcast_add(&table.narrow(1, 0, m)?)?;
-            image = image.broadcast_add(&table.narrow(1, m, n)?)?;
+            text = add(&text, &table.narrow(1, 0, m)?)?;
+            image = add(&image, &table.narrow(1, m, n)?)?;
         }
         Ok((image, text, Activation::Silu.apply(&vector)?))
     }

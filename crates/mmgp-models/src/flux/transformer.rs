@@ -12,7 +12,7 @@ use crate::{
     Error, Result,
     flux::FluxConfig,
     nn::{
-        Activation, DoubleBlock, Heads, Joint, Mlp, Rope, SingleBlock, TextPlace,
+        Activation, DoubleBlock, Heads, Joint, Mlp, Rope, SingleBlock, TextPlace, add,
         layer_norm_modulated, timestep_embedding,
     },
 };
@@ -58,7 +58,7 @@ struct Turned {
 
 enum Block {
     Double(Box<DoubleBlock>),
-    Single(SingleBlock),
+    Single(Box<SingleBlock>),
 }
 
 impl FluxTransformer {
@@ -77,7 +77,7 @@ impl FluxTransformer {
         }
         for i in 0..config.num_single_layers {
             let weights = builder.block(&format!("single_transformer_blocks.{i}"));
-            blocks.push(Block::Single(SingleBlock::new(heads, &weights)?));
+            blocks.push(Block::Single(Box::new(SingleBlock::new(heads, &weights)?)));
         }
         let model = builder.finish(stem, blocks)?;
         let axes = config.axes_dims_rope.clone();
@@ -237,10 +237,10 @@ impl Stem {
         };
         let mut vector = self.timestep.forward(&sinusoids(inputs.timestep)?)?;
         if let (Some(mlp), Some(guidance)) = (&self.guidance, inputs.guidance) {
-            vector = (vector + mlp.forward(&sinusoids(guidance)?)?)?;
+            vector = add(&vector, &mlp.forward(&sinusoids(guidance)?)?)?;
         }
         let vector =
-            (vector + self.text.forward(&inputs.pooled_projections.to_dtype(self.compute)?)?)?;
+            add(&vector, &self.text.forward(&inputs.pooled_projections.to_dtype(self.compute)?)?)?;
         Ok((
             self.x_embedder.forward(&inputs.hidden_states.to_dtype(self.compute)?)?,
             self.context_embedder.forward(&inputs.encoder_hidden_states.to_dtype(self.compute)?)?,

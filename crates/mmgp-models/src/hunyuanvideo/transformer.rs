@@ -15,7 +15,7 @@ use crate::{
     hunyuanvideo::{EPS, HunyuanVideoConfig, RefinerBlock, refiner},
     nn::{
         Activation, DoubleBlock, Heads, Joint, Mlp, Patch, PatchConv, Rope, SingleBlock, TextPlace,
-        layer_norm_modulated, timestep_embedding,
+        add, layer_norm_modulated, timestep_embedding,
     },
 };
 
@@ -290,15 +290,15 @@ impl Stem {
         let timestep = sinusoids(inputs.timestep)?;
         let mut vector = self.timestep.forward(&timestep)?;
         if let (Some(mlp), Some(guidance)) = (&self.guidance, inputs.guidance) {
-            vector = (vector + mlp.forward(&sinusoids(guidance)?)?)?;
+            vector = add(&vector, &mlp.forward(&sinusoids(guidance)?)?)?;
         }
         let pooled = inputs.pooled_projections.to_dtype(self.compute)?;
-        let vector = (vector + self.pooled.forward(&pooled)?)?;
+        let vector = add(&vector, &self.pooled.forward(&pooled)?)?;
 
         let text = inputs.encoder_hidden_states.narrow(1, 0, most)?;
         let mean = refiner::mean(&text.to_dtype(DType::F32)?, inputs.text_lengths)?;
         let of_text = self.text_mean.forward(&mean.to_dtype(self.compute)?)?;
-        let refining = (self.text_timestep.forward(&timestep)? + of_text)?;
+        let refining = add(&self.text_timestep.forward(&timestep)?, &of_text)?;
 
         let latents = inputs.hidden_states.to_dtype(self.compute)?.transpose(1, 2)?;
         Ok(Embedded {

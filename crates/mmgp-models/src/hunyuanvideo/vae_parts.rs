@@ -8,7 +8,7 @@ use mmgp_quant::{Bias, Linear, Weights};
 
 use crate::{
     hunyuanvideo::{EPS, HunyuanVideoVaeConfig},
-    nn::{Conv3d, GroupNorm, Heads, Window, attention},
+    nn::{Conv3d, GroupNorm, Heads, Window, add, attention},
 };
 
 type Built<T> = mmgp_quant::Result<T>;
@@ -121,8 +121,8 @@ impl Residual {
         y = self.norm2.silu_in_place(y)?;
         y = self.conv2.forward(&y, None)?;
         match &self.shortcut {
-            Some(conv) => y + conv.forward(x, None)?,
-            None => y + x,
+            Some(conv) => add(&y, &conv.forward(x, None)?),
+            None => add(&y, x),
         }
     }
 }
@@ -166,7 +166,7 @@ impl Attention {
             mixed.push(attention(&own, &k, &v, scale, &[])?);
         }
         let y = self.out.forward(&Tensor::cat(&mixed, 1)?)?.transpose(1, 2)?.contiguous()?;
-        y.reshape((batch, channels, frames, height, width))? + x
+        add(&y.reshape((batch, channels, frames, height, width))?, x)
     }
 }
 

@@ -8,7 +8,7 @@
 
 use candle_core::{D, DType, Device, Result, Tensor};
 
-use crate::nn::{cpu, heads::merge};
+use crate::nn::{add, cpu, heads::merge};
 
 /// The most scores (query rows × keys × heads × batch) that are held at once: 32 MiB in f32.
 const SCORES: usize = 8 << 20;
@@ -132,7 +132,7 @@ fn in_chunks(
             for bias in &biases {
                 let own = bias.dim(2)? != 1;
                 let bias = if own { bias.narrow(2, from, rows)? } else { bias.clone() };
-                scores = scores.broadcast_add(&bias)?;
+                scores = add(&scores, &bias)?;
             }
             scaled_softmax(scores.reshape((planes, rows, keys))?, 1.)?
         };

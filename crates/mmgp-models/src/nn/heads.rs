@@ -6,7 +6,7 @@
 use candle_core::{D, DType, Result, Tensor};
 use mmgp_quant::Linear;
 
-use crate::nn::{RmsNorm, Rope, cpu, norms::rms_row};
+use crate::nn::{RmsNorm, Rope, cpu, layer_norm_modulated, norms::rms_row};
 #[cfg(feature = "cuda")]
 use crate::nn::{cuda, rope::Pairs};
 
@@ -295,6 +295,26 @@ pub fn gated_add(x: &Tensor, y: &Tensor, gate: &Tensor) -> Result<Tensor> {
         })
     })?;
     cpu::tensor(out, (batch, tokens, width))
+}
+
+/// [`gated_add`], and [`layer_norm_modulated`] of that: `scale` and `shift` are `[batch, width]` too.
+///
+/// # Errors
+/// Shapes that do not fit each other.
+pub fn gated_add_norm(
+    x: &Tensor,
+    y: &Tensor,
+    gate: &Tensor,
+    [scale, shift]: [&Tensor; 2],
+    eps: f64,
+) -> Result<(Tensor, Tensor)> {
+    #[cfg(feature = "cuda")]
+    if cuda::take(&[x, y, gate, scale, shift]) {
+        return cuda::gated_add_norm(x, y, gate, [scale, shift], eps);
+    }
+    let sum = gated_add(x, y, gate)?;
+    let normed = layer_norm_modulated(&sum, scale, shift, eps)?;
+    Ok((sum, normed))
 }
 
 #[cfg(test)]

@@ -10,7 +10,7 @@ use mmgp_quant::{Bias, Linear, Weights};
 
 use crate::nn::{
     Activation, FeedForward, Heads, Modulation, Projected, RmsNorm, Rope, attention,
-    attention_up_to, gated_add, join_gelu, layer_norm_modulated,
+    attention_up_to, gated_add, gated_add_norm, join_gelu, layer_norm_modulated,
 };
 
 /// ε of all norms.
@@ -44,6 +44,37 @@ impl Joint<'_> {
             TextPlace::First => attention(q, k, v, scale, &[]),
             TextPlace::Last(keys) => attention_up_to(q, k, v, scale, keys),
         }
+    }
+
+    /// [`attention`](Self::attention), and beside it along the last dimension GELU of what `up` makes of `y`.
+    fn attention_beside_gelu(
+        &self,
+        [q, k, v]: [Tensor; 3],
+        heads: Heads,
+        up: &Linear,
+        y: &Tensor,
+    ) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        {
+            let keys = match self.text {
+                TextPlace::First => Some(k.dim(2)?),
+                // Items that see as many keys as others are computed together.
+                TextPlace::Last(keys) => {
+                    keys.first().copied().filter(|n| keys.iter().all(|m| m == n))
+                }
+            };
+            if let Some(keys) = keys.filter(|&keys| (1..=k.dim(2).unwrap_or(0)).contains(&keys)) {
+                let (k, v) = (k.narrow(2, 0, keys)?, v.narrow(2, 0, keys)?);
+                let scale = 1. / (heads.dim as f64).sqrt();
+                let rows = crate::nn::cuda::attention_beside_gelu([&q, &k, &v], scale, up, y)?;
+                if let Some(rows) = rows {
+                    return Ok(rows);
+                }
+            }
+        }
+        let mixed = self.attention(&q, &k, &v, heads)?;
+        drop((q, k, v));
+        join_gelu(&mixed, up, y)
     }
 }
 
@@ -91,9 +122,9 @@ impl Stream {
     /// What is added after the attention.
     fn finish(&self, x: &Tensor, mixed: &Tensor, m: &[Tensor; 6]) -> Result<Tensor> {
         let [_, _, gate, shift_mlp, scale_mlp, gate_mlp] = m;
-        let x = gated_add(x, &self.out.forward(mixed)?, gate)?;
-        let y = self.feed_forward.forward(&layer_norm_modulated(&x, scale_mlp, shift_mlp, EPS)?)?;
-        gated_add(&x, &y, gate_mlp)
+        let modulation = [scale_mlp, shift_mlp];
+        let (x, y) = gated_add_norm(x, &self.out.forward(mixed)?, gate, modulation, EPS)?;
+        gated_add(&x, &self.feed_forward.forward(&y)?, gate_mlp)
     }
 }
 
@@ -218,11 +249,9 @@ impl SingleBlock {
         let [shift, scale, gate] = self.modulation.forward(joint.activated)?;
         let y = layer_norm_modulated(x, &scale, &shift, EPS)?;
         let heads = self.projection.heads;
-        let [q, k, v] = heads.project(&[self.projection.of(&y, joint.rope)])?;
-        let mixed = joint.attention(&q, &k, &v, heads)?;
-        drop((q, k, v));
-        let joined = join_gelu(&mixed, &self.up, &y)?;
-        drop((mixed, y));
+        let projected = heads.project(&[self.projection.of(&y, joint.rope)])?;
+        let joined = joint.attention_beside_gelu(projected, heads, &self.up, &y)?;
+        drop(y);
         gated_add(x, &self.output.forward(&joined)?, &gate)
     }
 }

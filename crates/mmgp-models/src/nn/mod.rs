@@ -6,6 +6,7 @@
 //! used where they were tested. No result depends on the number of threads.
 
 mod activation;
+mod add;
 mod attention;
 mod conv;
 mod conv3d;
@@ -32,13 +33,14 @@ mod spread;
 #[cfg(feature = "cuda")]
 pub(crate) use activation::joined_gelu;
 pub use activation::{Activation, join_gelu};
+pub use add::{add, add_scaled};
 pub use attention::{attention, attention_up_to, causal_mask, chunk_rows};
 pub use conv::{Conv2d, Padding, Window, strip_rows};
 pub use conv3d::Conv3d;
 pub use embed::{Mlp, timestep_embedding};
 pub use feed_forward::FeedForward;
 pub use group_norm::GroupNorm;
-pub use heads::{HeadRows, Heads, Projected, gated_add};
+pub use heads::{HeadRows, Heads, Projected, gated_add, gated_add_norm};
 pub use joint::{DoubleBlock, Joint, SingleBlock, TextPlace};
 pub use modulation::Modulation;
 pub use norms::{LayerNorm, RmsNorm, layer_norm_modulated};

@@ -5,6 +5,7 @@ use candle_core::{DType, Tensor};
 
 use crate::{
     Result,
+    nn::add_scaled,
     schedulers::discrete::{DiscreteConfig, Run},
 };
 
@@ -57,7 +58,7 @@ impl DdimSchedule {
         let original = self.run.original(step.level, output, sample)?;
         let kept = ((1. - step.next) / (1. - step.level)).sqrt();
         let new = step.next.sqrt() - step.level.sqrt() * kept;
-        Ok(((sample.to_dtype(DType::F32)? * kept)? + (original * new)?)?)
+        Ok(add_scaled(&(sample.to_dtype(DType::F32)? * kept)?, &original, new)?)
     }
 }
 

@@ -12,7 +12,7 @@ use std::{
 use candle_core::{DType, Tensor};
 use serde::Deserialize;
 
-use crate::{Error, Result, config::Check, schedulers::flow_match_euler::linspace};
+use crate::{Error, Result, config::Check, nn::add_scaled, schedulers::flow_match_euler::linspace};
 
 /// How β grows from `beta_start` to `beta_end`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
@@ -267,9 +267,9 @@ impl Run {
         let (signal, noise) = (level.sqrt(), (1. - level).sqrt());
         let (output, sample) = (output.to_dtype(DType::F32)?, sample.to_dtype(DType::F32)?);
         Ok(match self.prediction {
-            PredictionType::Epsilon => ((sample - (output * noise)?)? / signal)?,
+            PredictionType::Epsilon => (add_scaled(&sample, &output, -noise)? / signal)?,
             PredictionType::Sample => output,
-            PredictionType::VPrediction => ((sample * signal)? - (output * noise)?)?,
+            PredictionType::VPrediction => add_scaled(&(sample * signal)?, &output, -noise)?,
         })
     }
 }

@@ -6,6 +6,7 @@ use candle_core::{DType, Tensor};
 
 use crate::{
     Error, Result,
+    nn::add_scaled,
     schedulers::discrete::{DiscreteConfig, Run},
 };
 
@@ -105,8 +106,8 @@ impl DpmSchedule {
         let (denoised, change) = match before {
             Some((level, previous)) => {
                 let change = h / (2. * (lambda(step.level) - lambda(level)));
-                let previous = (previous.to_dtype(DType::F32)? * change)?;
-                (((&original * (1. + change))? - previous)?, change)
+                let previous = previous.to_dtype(DType::F32)?;
+                (add_scaled(&(&original * (1. + change))?, &previous, -change)?, change)
             }
             None => (original.clone(), 0.),
         };
@@ -117,8 +118,8 @@ impl DpmSchedule {
             )));
         }
         let sample = (sample.to_dtype(DType::F32)? * kept)?;
-        let sample = (sample + (denoised * signal)?)?;
-        let sample = (sample + (noise.to_dtype(DType::F32)? * random)?)?;
+        let sample = add_scaled(&sample, &denoised, signal)?;
+        let sample = add_scaled(&sample, &noise.to_dtype(DType::F32)?, random)?;
         Ok(DpmStep { sample, original })
     }
 }

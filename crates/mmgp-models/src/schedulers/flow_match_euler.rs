@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Tensor};
 use serde::Deserialize;
 
-use crate::{Error, Result, config::Check};
+use crate::{Error, Result, config::Check, nn::add_scaled};
 
 /// How the shift of a dynamic schedule bends it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
@@ -319,7 +319,7 @@ impl Schedule {
             return Err(Error::Input(format!("step {at} of {}", self.len())));
         };
         let dt = f64::from(next - sigma);
-        Ok((sample.to_dtype(DType::F32)? + (velocity.to_dtype(DType::F32)? * dt)?)?)
+        Ok(add_scaled(&sample.to_dtype(DType::F32)?, &velocity.to_dtype(DType::F32)?, dt)?)
     }
 }
 

@@ -12,7 +12,7 @@ use serde::Deserialize;
 use crate::{
     Error, Result,
     config::{Check, HEADS, LAYERS, WIDTH},
-    nn::{Activation, Heads, LayerNorm, attention, causal_mask},
+    nn::{Activation, Heads, LayerNorm, add, attention, causal_mask},
     text::{embed, ids},
 };
 
@@ -262,7 +262,7 @@ impl Stem {
     fn embed(&self, ids: &Tensor) -> CandleResult<Tensor> {
         let positions = Tensor::arange(0, ids.dim(1)? as u32, ids.device())?.unsqueeze(0)?;
         let tokens = embed(&self.tokens, ids, self.compute)?;
-        tokens.broadcast_add(&embed(&self.positions, &positions, self.compute)?)
+        add(&tokens, &embed(&self.positions, &positions, self.compute)?)
     }
 }
 
@@ -304,9 +304,9 @@ impl Block {
         let part = |i: usize| self.heads.split(&rows, i * width, None, None);
         let scale = 1. / (self.heads.dim as f64).sqrt();
         let mixed = attention(&part(0)?, &part(1)?, &part(2)?, scale, &[mask])?;
-        let x = (x + self.out.forward(&mixed)?)?;
+        let x = add(x, &self.out.forward(&mixed)?)?;
         let inner = self.activation.apply(&self.up.forward(&self.norm2.forward(&x)?)?)?;
-        x + self.down.forward(&inner)?
+        add(&x, &self.down.forward(&inner)?)
     }
 }
 

@@ -19,7 +19,7 @@ use serde::Deserialize;
 use crate::{
     Error, Result,
     config::{Check, HEADS, LAYERS, WIDTH},
-    nn::{Activation, Heads, RmsNorm, Rope, attention, causal_mask},
+    nn::{Activation, Heads, RmsNorm, Rope, add, attention, causal_mask},
     text::{embed, ids},
 };
 
@@ -419,9 +419,9 @@ impl Block {
         let k = self.shared.split(&rows, width, None, Some(rope))?;
         let v = self.shared.split(&rows, width + shared, None, None)?;
         let scale = 1. / (self.heads.dim as f64).sqrt();
-        let x = (x + self.out.forward(&attention(&q, &k, &v, scale, &[mask])?)?)?;
+        let x = add(x, &self.out.forward(&attention(&q, &k, &v, scale, &[mask])?)?)?;
         let inner = self.gate_up.forward(&self.feed_norm.forward(&x)?)?;
-        x + self.down.forward(&self.activation.gate(&inner)?)?
+        add(&x, &self.down.forward(&self.activation.gate(&inner)?)?)
     }
 }
 

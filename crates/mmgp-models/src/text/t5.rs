@@ -13,7 +13,7 @@ use serde::Deserialize;
 use crate::{
     Error, Result,
     config::{Check, HEADS, LAYERS, WIDTH},
-    nn::{Activation, Heads, RmsNorm, attention},
+    nn::{Activation, Heads, RmsNorm, add, attention},
     text::{embed, ids},
 };
 
@@ -283,14 +283,14 @@ impl Block {
         let width = self.heads.width();
         let part = |i: usize| self.heads.split(&rows, i * width, None, None);
         let mixed = attention(&part(0)?, &part(1)?, &part(2)?, 1., biases)?;
-        let x = (x + self.out.forward(&mixed)?)?;
+        let x = add(x, &self.out.forward(&mixed)?)?;
         let y = self.feed_norm.forward(&x)?;
         let up = self.up.forward(&y)?;
         let inner = match &self.gate {
             Some(gate) => self.activation.apply_times(&up, &gate.forward(&y)?)?,
             None => self.activation.apply(&up)?,
         };
-        x + self.down.forward(&inner)?
+        add(&x, &self.down.forward(&inner)?)
     }
 }
 

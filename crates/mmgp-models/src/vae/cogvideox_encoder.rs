@@ -8,7 +8,7 @@ use mmgp_residency::{ModelBuilder, Paged};
 
 use crate::{
     Error, Result,
-    nn::{Conv2d, Conv3d, GroupNorm, Window},
+    nn::{Conv2d, Conv3d, GroupNorm, Window, add},
     vae::{
         cogvideox::{CogVideoXVaeConfig, Tiling},
         kl::Moments,
@@ -171,8 +171,8 @@ impl Residual {
         let y = self.conv1.forward(&self.norm1.forward_silu(&x)?, None)?;
         let y = self.conv2.forward(&self.norm2.silu_in_place(y)?, None)?;
         match &self.shortcut {
-            Some(conv) => y + conv.forward(&x, None)?,
-            None => y + x,
+            Some(conv) => add(&y, &conv.forward(&x, None)?),
+            None => add(&y, &x),
         }
     }
 }

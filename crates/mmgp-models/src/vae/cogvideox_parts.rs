@@ -11,7 +11,7 @@ use candle_core::{Result, Tensor};
 use mmgp_quant::Weights;
 
 use crate::{
-    nn::{Conv2d, Conv3d, GroupNorm, Window, spread_affine_silu},
+    nn::{Conv2d, Conv3d, GroupNorm, Window, add, spread_affine_silu},
     vae::cogvideox::CogVideoXVaeConfig,
 };
 
@@ -158,8 +158,8 @@ impl Residual {
         y = self.norm2.silu_in_place(y, latents)?;
         y = causal(&self.conv2, &y, past.get(1), next)?;
         match &self.shortcut {
-            Some(conv) => y + conv.forward(x, None)?,
-            None => y + x,
+            Some(conv) => add(&y, &conv.forward(x, None)?),
+            None => add(&y, x),
         }
     }
 }

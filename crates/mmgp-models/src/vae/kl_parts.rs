@@ -8,7 +8,7 @@ use candle_core::{DType, Result, Tensor};
 use mmgp_quant::{Bias, Linear, Weights};
 
 use crate::{
-    nn::{Conv2d, GroupNorm, Heads, Window, attention},
+    nn::{Conv2d, GroupNorm, Heads, Window, add, attention},
     vae::kl::KlConfig,
 };
 
@@ -230,7 +230,7 @@ impl Residual {
         y = self.conv1.forward(&y)?; // assigned, not shadowed: what was there is dropped
         y = self.norm2.silu_in_place(y)?;
         y = self.conv2.forward(&y)?;
-        y + x
+        add(&y, &x)
     }
 }
 
@@ -306,6 +306,6 @@ impl Attention {
         let scale = 1. / (self.channels as f64).sqrt();
         let mixed = attention(&part(0)?, &part(1)?, &part(2)?, scale, &[])?;
         let y = self.out.forward(&mixed)?.transpose(1, 2)?.contiguous()?;
-        y.reshape((batch, channels, height, width))? + x
+        add(&y.reshape((batch, channels, height, width))?, x)
     }
 }

@@ -12,6 +12,9 @@ use serde_json::Value;
 
 use crate::Outcome;
 
+/// What bf16 may cost at most. What it costs in PyTorch, `benches/peers/bf16.py` tells.
+const HALF_TOLERANCE: f64 = 0.06;
+
 pub(crate) type Error = Box<dyn std::error::Error + Send + Sync>;
 
 #[derive(Deserialize)]
@@ -75,6 +78,11 @@ impl Case {
         self.check_within(name, got, if exact { 0. } else { self.about.tolerance_rel })
     }
 
+    /// Whether the case says something about a device that computes in bf16: that of a model does.
+    pub(crate) fn is_model(&self) -> bool {
+        ["transformer", "text_encoder", "vae_encoder", "vae_decoder"].contains(&&*self.about.kind)
+    }
+
     /// Fails unless `got` is equal to the output `name`.
     pub(crate) fn check_exact(&self, name: &str, got: &Tensor) -> Result<(), Error> {
         self.check_within(name, got, 0.)
@@ -83,6 +91,10 @@ impl Case {
     fn check_within(&self, name: &str, got: &Tensor, tolerance: f64) -> Result<(), Error> {
         let want =
             self.io.get(&format!("out.{name}")).ok_or_else(|| format!("no output {name}"))?;
+        let tolerance = match crate::device::dtype() {
+            DType::F32 => tolerance,
+            _ => tolerance.max(HALF_TOLERANCE),
+        };
         let error = compare(name, got, want, tolerance)?;
         self.checked.borrow_mut().insert(name.into(), error);
         Ok(())

@@ -113,6 +113,26 @@ impl<T: Element> Fresh<T> {
         unsafe { run(&self.device, &stream, kernel, grid, inputs, |inputs| argue(inputs, out)) }
     }
 
+    /// As [`run`](Self::run), for a kernel that fills `beside` too, whose address comes last.
+    ///
+    /// # Safety
+    /// That of [`run`](Self::run), for both.
+    pub(super) unsafe fn run_beside<P: DeviceRepr>(
+        &mut self,
+        beside: &mut Self,
+        kernel: &str,
+        grid: Grid,
+        inputs: &[Option<&Tensor>],
+        argue: impl FnOnce(&[u64], u64, u64) -> P,
+    ) -> Result<()> {
+        let stream = self.device.cuda_stream();
+        let (out, _written) = self.values.device_ptr_mut(&stream);
+        let (other, _other) = beside.values.device_ptr_mut(&stream);
+        let argue = |inputs: &[u64]| argue(inputs, out, other);
+        // SAFETY: handed on to the caller.
+        unsafe { run(&self.device, &stream, kernel, grid, inputs, argue) }
+    }
+
     /// Calls `queue` with the stream, the addresses of `inputs` and this memory's. Operands stay where they are
     /// until it is back.
     pub(super) fn queue<R>(

@@ -23,7 +23,8 @@ use mmgp_quant::{Epilogue, Linear};
 use self::{
     launch::{Element, Fresh, KERNELS, Place, Scratch, by_dtype, held_to},
     shape::{
-        Activate, Flat, Gate, Grid, Group, Lines, PerItem, Rows, Turn, countable, piece_values,
+        Activate, Add, Axes, Flat, Gate, GateNorm, Grid, Group, Lines, PerItem, Rows, Turn,
+        countable, piece_values,
     },
 };
 use crate::nn::{Activation, HeadRows, Heads, Projected, RmsNorm, Rope, Window};
@@ -58,11 +59,38 @@ pub(crate) fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> Resul
         return Ok(None);
     }
     if attention_enabled(device)
-        && let Some(out) = cudnn::attention(q, k, v, scale)?
+        && let Some(out) = cudnn::attention(q, k, v, scale, 0)?
     {
         return Ok(Some(out));
     }
     if flash_enabled(device) { flash::attention(q, k, v, scale, None) } else { Ok(None) }
+}
+
+/// The same with `[…, gelu_tanh(linear(x))]` behind it along the last dimension, `x` `[batch, queries, inputs]`; `None` where
+/// attention does not leave room for that, or the layer's product does not go there.
+pub(crate) fn attention_beside_gelu(
+    [q, k, v]: [&Tensor; 3],
+    scale: f64,
+    linear: &Linear,
+    x: &Tensor,
+) -> Result<Option<Tensor>> {
+    let Device::Cuda(device) = q.device() else {
+        return Ok(None);
+    };
+    let alike =
+        [k, v, x].iter().all(|t| t.dtype() == q.dtype() && t.device().same_device(q.device()));
+    if !alike || !enabled(device) || !attention_enabled(device) || linear.side().is_taken() {
+        return Ok(None);
+    }
+    let (batch, heads, queries, dim) = q.dims4()?;
+    let (n, m) = (heads * dim, linear.outputs());
+    if x.dims() != [batch, queries, linear.inputs()] {
+        bail!("attention: {queries} queries beside {linear:?} of {:?}", x.dims());
+    }
+    let Some(rows) = cudnn::attention(q, k, v, scale, m)? else { return Ok(None) };
+    let rows = rows.reshape((batch * queries, n + m))?;
+    let done = linear.forward_into(x, Epilogue::GeluTanh, &rows.narrow(1, n, m)?)?;
+    done.then(|| rows.reshape((batch, queries, n + m))).transpose()
 }
 
 /// The same of items that see their first `keys` keys, as [`attention_up_to`](crate::nn::attention_up_to) has it;
@@ -473,6 +501,108 @@ fn gated<T: Element>(x: &Tensor, y: &Tensor, gate: &Tensor) -> Result<Tensor> {
         unsafe { out.run(&format!("gate_{}", T::SUFFIX), grid, &inputs, argue)? };
     }
     Ok(out.tensor(x.shape()))
+}
+
+/// `x + gate · y` as [`gated_add`] has it, and its norm as [`layer_norm`] has it, modulated by `[scale, shift]`.
+pub(crate) fn gated_add_norm(
+    x: &Tensor,
+    y: &Tensor,
+    gate: &Tensor,
+    modulation: [&Tensor; 2],
+    eps: f64,
+) -> Result<(Tensor, Tensor)> {
+    by_dtype!(x, gated_normed(x, y, gate, modulation, eps))
+}
+
+fn gated_normed<T: Element>(
+    x: &Tensor,
+    y: &Tensor,
+    gate: &Tensor,
+    [scale, shift]: [&Tensor; 2],
+    eps: f64,
+) -> Result<(Tensor, Tensor)> {
+    let (batch, _, width) = x.dims3()?;
+    if y.dims() != x.dims() || [gate, scale, shift].iter().any(|t| t.dims() != [batch, width]) {
+        bail!("gated_add_norm: {:?}, {:?}, {:?}", x.dims(), y.dims(), gate.dims());
+    }
+    let (lines, others) = (Lines::of(x)?, Lines::of(y)?);
+    let (gates, scales, shifts) = (PerItem::of(gate)?, PerItem::of(scale)?, PerItem::of(shift)?);
+    let (rows, width) = (lines.rows(), lines.width);
+    let mut sum = Fresh::<T>::new(x, rows * width)?;
+    let mut normed = Fresh::<T>::new(x, rows * width)?;
+    if rows * width > 0 {
+        let inputs = [
+            Some(&lines.tensor),
+            Some(&others.tensor),
+            Some(&gates.tensor),
+            Some(&scales.tensor),
+            Some(&shifts.tensor),
+        ];
+        held_to::<T>(&inputs)?;
+        let argue = |at: &[u64], sum: u64, out: u64| GateNorm {
+            x: at[0],
+            y: at[1],
+            gate: at[2],
+            scale: at[3],
+            shift: at[4],
+            sum,
+            out,
+            rows,
+            tokens: lines.tokens,
+            width,
+            x_item: lines.item,
+            x_token: lines.token,
+            y_item: others.item,
+            y_token: others.token,
+            gate_item: gates.item,
+            scale_item: scales.item,
+            shift_item: shifts.item,
+            eps,
+        };
+        let (name, grid) =
+            (format!("gate_norm_{}", T::SUFFIX), Grid::of_rows(rows, width, T::VECTOR));
+        // SAFETY: `x` and `y` have `rows` rows of `width` values, the others one for each item; both outputs have as many rows
+        // side by side.
+        unsafe { sum.run_beside(&mut normed, &name, grid, &inputs, argue)? };
+    }
+    Ok((sum.tensor(x.shape()), normed.tensor(x.shape())))
+}
+
+/// `x + factor · y`, `y` broadcast to the shape of `x`; `None` for more than five axes.
+pub(crate) fn add(x: &Tensor, y: &Tensor, factor: f64) -> Result<Option<Tensor>> {
+    by_dtype!(x, added(x, y, factor))
+}
+
+fn added<T: Element>(x: &Tensor, y: &Tensor, factor: f64) -> Result<Option<Tensor>> {
+    let x = x.contiguous()?;
+    let alike = y.dims() == x.dims() && y.is_contiguous();
+    let y = y.broadcast_as(x.dims())?;
+    let (mut dims, mut strides): (Axes, Axes) = ([1; 5], [0; 5]);
+    let Some(ones) = dims.len().checked_sub(x.rank()) else { return Ok(None) };
+    for (at, (&n, &stride)) in x.dims().iter().zip(y.stride()).enumerate() {
+        (dims[ones + at], strides[ones + at]) = (n as u64, stride as u64);
+    }
+    let len = x.elem_count() as u64;
+    let mut out = Fresh::<T>::new(&x, len)?;
+    if len > 0 {
+        let inputs = [Some(&x), Some(&y)];
+        held_to::<T>(&inputs)?;
+        let argue = |at: &[u64], out: u64| Add {
+            x: at[0],
+            y: at[1],
+            out,
+            len,
+            alike: u64::from(alike),
+            dims,
+            strides,
+            factor,
+        };
+        let grid = Grid::of_columns(1, len, 1, T::VECTOR);
+        // SAFETY: `x` and the output have `len` values side by side, and so has `y` where it is alike; else its layout has the
+        // dimensions of `x` and these strides.
+        unsafe { out.run(&format!("add_{}", T::SUFFIX), grid, &inputs, argue)? };
+    }
+    Ok(Some(out.tensor(x.shape())))
 }
 
 /// The name that kernels have for a function.

@@ -121,6 +121,23 @@ template <typename T, bool WHOLE> struct Row {
         }
     }
 
+    // A row at `from` that this thread writes first: `make(vector, how many values)` is what a vector becomes.
+    template <typename F>
+    __device__ __forceinline__ Row(T *from, u32 columns, bool live, F make)
+        : x(from), width(columns), vectors(live ? (columns + N - 1) / N : 0) {
+#pragma unroll
+        for (u32 j = 0; j < KEPT; j++) {
+            const u32 vector = threadIdx.x + j * blockDim.x;
+            if (vector < vectors) {
+                held[j] = make(vector, have(vector));
+                store<WHOLE>(from + (u64)vector * N, held[j], have(vector));
+            }
+        }
+        for (u32 vector = threadIdx.x + KEPT * blockDim.x; vector < vectors; vector += blockDim.x) {
+            store<WHOLE>(from + (u64)vector * N, make(vector, have(vector)), have(vector));
+        }
+    }
+
     // `f(vector, its values)` for each vector of this thread, in their order.
     template <typename F> __device__ __forceinline__ void each(F f) const {
 #pragma unroll
@@ -414,6 +431,143 @@ template <typename T> static __device__ __forceinline__ void gate(const Gate &p)
         multiples(16, p.x, p.y, p.gate, p.out) &&
         multiples(Vector<T>::N, p.width, p.x_item, p.x_token, p.y_item, p.y_token, p.gate_item);
     whole ? gate<T, true>(p) : gate<T, false>(p);
+}
+
+// `sum = x + gate · y` as `gate` has it, and its LayerNorm times 1 + scale and plus shift, as `rows` has it.
+struct GateNorm {
+    const void *x;
+    const void *y;
+    const void *gate;  // [items, width]
+    const void *scale; // [items, width]
+    const void *shift; // [items, width]
+    void *sum;         // contiguous
+    void *out;         // contiguous
+    u64 rows;          // items · tokens
+    u64 tokens;        // of an item
+    u64 width;
+    u64 x_item; // strides, in elements
+    u64 x_token;
+    u64 y_item;
+    u64 y_token;
+    u64 gate_item;
+    u64 scale_item;
+    u64 shift_item;
+    double eps;
+};
+
+template <typename T, bool WHOLE>
+static __device__ __forceinline__ void gate_norm(const GateNorm &p, float *shared) {
+    constexpr u32 N = Vector<T>::N;
+    const u32 count = (u32)p.rows, width = (u32)p.width, tokens = (u32)p.tokens;
+    const u64 step = (u64)gridDim.x * blockDim.y;
+    for (u64 base = (u64)blockIdx.x * blockDim.y; base < count; base += step) {
+        const bool live = base + threadIdx.y < count;
+        const u32 at = live ? (u32)base + threadIdx.y : 0;
+        const u32 item = at / tokens, token = at % tokens;
+        const T *x = static_cast<const T *>(p.x) + item * p.x_item + token * p.x_token;
+        const T *y = static_cast<const T *>(p.y) + item * p.y_item + token * p.y_token;
+        const T *g = static_cast<const T *>(p.gate) + item * p.gate_item;
+        const T *scale = static_cast<const T *>(p.scale) + item * p.scale_item;
+        const T *shift = static_cast<const T *>(p.shift) + item * p.shift_item;
+        const Row<T, WHOLE> row(
+            static_cast<T *>(p.sum) + (u64)at * width, width, live,
+            [&](u32 vector, u32 have) {
+                const u32 first = vector * N;
+                const Vector<T> a = load<WHOLE>(x + first, have);
+                const Vector<T> b = load<WHOLE>(y + first, have);
+                const Vector<T> c = load<WHOLE>(g + first, have);
+                Vector<T> to;
+#pragma unroll
+                for (u32 i = 0; i < N; i++) {
+                    to.v[i] =
+                        rounded<T>(__fadd_rn(wide(a.v[i]), __fmul_rn(wide(c.v[i]), wide(b.v[i]))));
+                }
+                return to;
+            }
+        );
+        const float mean = row.sum(shared) / (float)width;
+        const float variance = row.squares(mean, shared) / (float)width;
+        const float inverse = 1.f / sqrtf(__fadd_rn(variance, (float)p.eps));
+        T *out = static_cast<T *>(p.out) + (u64)at * width;
+        row.each([&](u32 vector, const Vector<T> &of) {
+            const u32 first = vector * N, have = row.have(vector);
+            const Vector<T> s = load<WHOLE>(scale + first, have);
+            const Vector<T> t = load<WHOLE>(shift + first, have);
+            Vector<T> to;
+#pragma unroll
+            for (u32 i = 0; i < N; i++) {
+                const float v = __fmul_rn(__fsub_rn(wide(of.v[i]), mean), inverse);
+                to.v[i] = rounded<T>(fmaf(v, __fadd_rn(1.f, wide(s.v[i])), wide(t.v[i])));
+            }
+            store<WHOLE>(out + first, to, have);
+        });
+    }
+}
+
+template <typename T> static __device__ __forceinline__ void gate_norm(const GateNorm &p) {
+    __shared__ float shared[32];
+    const bool whole =
+        multiples(16, p.x, p.y, p.gate, p.scale, p.shift, p.sum, p.out) &&
+        multiples(Vector<T>::N, p.width, p.x_item, p.x_token, p.y_item, p.y_token, p.gate_item) &&
+        multiples(Vector<T>::N, p.scale_item, p.shift_item);
+    whole ? gate_norm<T, true>(p, shared) : gate_norm<T, false>(p, shared);
+}
+
+// `out = x + factor · y`, both operations rounded in f32; `x` and `out` are contiguous.
+typedef u64 Axes[5];
+struct Add {
+    const void *x;
+    const void *y;
+    void *out;
+    u64 len;
+    u64 alike;    // whether y is contiguous too; else
+    Axes dims;    // of x, behind ones
+    Axes strides; // of y, in elements
+    double factor;
+};
+
+template <typename T, bool WHOLE> static __device__ __forceinline__ void add(const Add &p) {
+    constexpr u32 N = Vector<T>::N;
+    const T *x = static_cast<const T *>(p.x), *y = static_cast<const T *>(p.y);
+    T *out = static_cast<T *>(p.out);
+    const float factor = (float)p.factor;
+    const u64 vectors = p.len / N + (p.len % N != 0), step = (u64)gridDim.x * blockDim.x;
+    for (u64 vector = (u64)blockIdx.x * blockDim.x + threadIdx.x; vector < vectors; vector += step) {
+        const u64 first = vector * N;
+        // The last vector of an aligned tensor may be cut.
+        const u32 have = held_by<T>(vector, p.len);
+        const bool whole = WHOLE && have == N;
+        const Vector<T> a = whole ? load<true>(x + first, N) : load<false>(x + first, have);
+        Vector<T> b;
+        if (p.alike) {
+            b = whole ? load<true>(y + first, N) : load<false>(y + first, have);
+        } else {
+#pragma unroll
+            for (u32 i = 0; i < N; i++) {
+                u64 left = first + i, at = 0;
+                for (int axis = 4; axis >= 0; axis--) {
+                    at += left % p.dims[axis] * p.strides[axis];
+                    left /= p.dims[axis];
+                }
+                b.v[i] = i < have ? y[at] : rounded<T>(0.f);
+            }
+        }
+        Vector<T> to;
+#pragma unroll
+        for (u32 i = 0; i < N; i++) {
+            to.v[i] = rounded<T>(__fadd_rn(wide(a.v[i]), __fmul_rn(factor, wide(b.v[i]))));
+        }
+        if (whole) {
+            store<true>(out + first, to, N);
+        } else {
+            store<false>(out + first, to, have);
+        }
+    }
+}
+
+template <typename T> static __device__ __forceinline__ void add(const Add &p) {
+    const bool whole = multiples(16, p.x, p.out) && (!p.alike || multiples(16, p.y));
+    whole ? add<T, true>(p) : add<T, false>(p);
 }
 
 enum Function { COPY, RELU, GELU, GELU_TANH, QUICK_GELU, SILU };
@@ -729,6 +883,8 @@ template <typename T> static __device__ __forceinline__ void channels_first(cons
     KERNEL(rows_layer_##SUFFIX, 3, Rows, rows<T, LAYER>)                                           \
     KERNEL(turn_##SUFFIX, 4, Turn, turn<T>)                                                        \
     KERNEL(gate_##SUFFIX, 4, Gate, gate<T>)                                                        \
+    KERNEL(gate_norm_##SUFFIX, 3, GateNorm, gate_norm<T>)                                          \
+    KERNEL(add_##SUFFIX, 4, Add, add<T>)                                                           \
     KERNEL(copy_##SUFFIX, 4, Activate, activate<T, COPY>)                                          \
     KERNEL(relu_##SUFFIX, 4, Activate, activate<T, RELU>)                                          \
     KERNEL(gelu_##SUFFIX, 3, Activate, activate<T, GELU>)                                          \

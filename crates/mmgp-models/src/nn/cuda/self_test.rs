@@ -32,7 +32,9 @@ pub fn self_test(device: &CudaDevice) -> Result<()> {
         let on = On { device, dtype };
         on.norms()?;
         on.heads()?;
+        on.sums()?;
         on.gates()?;
+        on.gated_norms()?;
         on.activations()?;
         on.groups()?;
     }
@@ -272,7 +274,12 @@ impl On<'_> {
         {
             let shape = [heads, heads, queries, keys, dim];
             self.attention("attention", shape, None, |q, k, v, scale, _| {
-                super::cudnn::attention(q, k, v, scale)
+                super::cudnn::attention(q, k, v, scale, 0)
+            })?;
+            // With room behind each row.
+            self.attention("attention", shape, None, |q, k, v, scale, _| {
+                let found = super::cudnn::attention(q, k, v, scale, 24)?;
+                found.map(|found| found.narrow(2, 0, heads * dim)?.contiguous()).transpose()
             })?;
         }
         Ok(())
@@ -356,6 +363,32 @@ impl On<'_> {
         Ok(())
     }
 
+    /// Alike, broadcast along leading, trailing and inner axes, and a part of something wider.
+    fn sums(&self) -> Result<()> {
+        for (shape, other, first) in [
+            (vec![1, 3, 1000], vec![1, 3, 1000], 0),
+            (vec![2, 5, 7], vec![2, 5, 9], 1),
+            (vec![2, 3, 4, 33], vec![3, 1, 33], 0),
+            (vec![2, 3, 4, 5, 6], vec![2, 1, 1, 1, 6], 0),
+            (vec![7, 31], vec![7, 1], 0),
+            (vec![4100], vec![1], 0),
+        ] {
+            let (x, y) = (self.values(&shape, 1)?, self.values(&other, 2)?);
+            let last = other.len() - 1;
+            let width = if first > 0 { shape[shape.len() - 1] } else { other[last] };
+            for factor in [1., -0.3] {
+                let part = |y: &Tensor| y.narrow(last, first, width);
+                let want = nn::add_scaled(&x, &part(&y)?, factor)?;
+                self.check("add", Within::Bits, &want, |put| {
+                    let (x, y) = (put.tensor(&x)?, part(&put.tensor(&y)?)?);
+                    super::add(&x, &y, factor)?
+                        .ok_or_else(|| Error::Invalid("it is not computed".into()))
+                })?;
+            }
+        }
+        Ok(())
+    }
+
     fn gates(&self) -> Result<()> {
         for width in WIDTHS {
             let tokens = if width < 1000 { 37 } else { 3 };
@@ -369,6 +402,38 @@ impl On<'_> {
             self.check("gate", Within::Bits, &nn::gated_add(&x, &own, &half)?, |put| {
                 let (own, half) = parts(&put.tensor(&y)?, &put.tensor(&gate)?)?;
                 Ok(super::gated_add(&put.tensor(&x)?, &own, &half)?)
+            })?;
+        }
+        Ok(())
+    }
+
+    /// As a sum and its norm have it, each to the bit.
+    fn gated_norms(&self) -> Result<()> {
+        for width in WIDTHS {
+            let tokens = if width < 1000 { 37 } else { 3 };
+            let x = self.apart(&[2, tokens, width], 1)?;
+            let y = self.values(&[2, tokens + 4, width], 2)?;
+            let rows = self.values(&[2, 4 * width], 3)?;
+            let parts = |y: &Tensor, rows: &Tensor| {
+                let part = |i: usize| rows.narrow(1, i * width, width);
+                candle_core::Result::Ok((y.narrow(1, 4, tokens)?, part(1)?, part(2)?, part(3)?))
+            };
+            let (own, gate, scale, shift) = parts(&y, &rows)?;
+            let sum = nn::gated_add(&x, &own, &gate)?;
+            let sum = sum.to_dtype(self.dtype)?.to_dtype(DType::F32)?;
+            let want = nn::layer_norm_modulated(&sum, &scale, &shift, EPS)?;
+            self.check("gate_norm", Within::Rounding, &want, |put| {
+                let (own, gate, scale, shift) = parts(&put.tensor(&y)?, &put.tensor(&rows)?)?;
+                let x = put.tensor(&x)?;
+                let (added, normed) =
+                    super::gated_add_norm(&x, &own, &gate, [&scale, &shift], EPS)?;
+                let apart = super::gated_add(&x, &own, &gate)?;
+                let (one, other) = (back(&apart)?, back(&added)?);
+                self.compare("gate_norm", &x, &one, &other, Within::Bits)?;
+                let apart = super::layer_norm(&apart, None, Some((&scale, &shift)), EPS)?;
+                let (one, other) = (back(&apart)?, back(&normed)?);
+                self.compare("gate_norm", &x, &one, &other, Within::Bits)?;
+                Ok(normed)
             })?;
         }
         Ok(())

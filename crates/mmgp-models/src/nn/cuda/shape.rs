@@ -72,6 +72,25 @@ argument! {
 }
 
 argument! {
+    /// `x + gate · y`, and its norm.
+    GateNorm {
+        x: u64, y: u64, gate: u64, scale: u64, shift: u64, sum: u64, out: u64,
+        rows: u64, tokens: u64, width: u64, x_item: u64, x_token: u64, y_item: u64, y_token: u64,
+        gate_item: u64, scale_item: u64, shift_item: u64, eps: f64,
+    }
+}
+
+/// A number for each of the axes that a sum may have.
+pub(super) type Axes = [u64; 5];
+
+argument! {
+    /// `x + factor · y`.
+    Add {
+        x: u64, y: u64, out: u64, len: u64, alike: u64, dims: Axes, strides: Axes, factor: f64,
+    }
+}
+
+argument! {
     /// An activation function of each value, times another.
     Activate {
         x: u64, times: u64, out: u64, rows: u64, width: u64, x_row: u64, times_row: u64, out_row: u64,
@@ -327,6 +346,7 @@ mod tests {
                 "double" => "f64",
                 "u64" => "u64",
                 "Lengths" => "Lengths",
+                "Axes" => "Axes",
                 pointer if code.contains('*') && !pointer.is_empty() => "u64",
                 other => panic!("{other} in {name}"),
             };
@@ -341,13 +361,19 @@ mod tests {
             let ours: Vec<(String, String)> =
                 fields.iter().map(|(field, kind)| (field.to_string(), kind.to_string())).collect();
             assert_eq!(ours, fields_of(name), "{name}");
-            let numbers = |kind: &str| if kind == "Lengths" { ITEMS } else { 1 };
+            let numbers = |kind: &str| match kind {
+                "Lengths" => ITEMS,
+                "Axes" => size_of::<Axes>() / 8,
+                _ => 1,
+            };
             let numbers: usize = fields.iter().map(|(_, kind)| numbers(kind)).sum();
             assert_eq!(size, 8 * numbers, "{name}");
         }
         check("Rows", Rows::FIELDS, size_of::<Rows>());
         check("Turn", Turn::FIELDS, size_of::<Turn>());
         check("Gate", Gate::FIELDS, size_of::<Gate>());
+        check("GateNorm", GateNorm::FIELDS, size_of::<GateNorm>());
+        check("Add", Add::FIELDS, size_of::<Add>());
         check("Activate", Activate::FIELDS, size_of::<Activate>());
         check("Group", Group::FIELDS, size_of::<Group>());
         check("Pixels", Pixels::FIELDS, size_of::<Pixels>());

@@ -53,35 +53,44 @@ impl Attention {
 }
 
 /// softmax(q · kᵀ · scale) · v with the heads merged, as [`attention`](crate::nn::attention) has it without
-/// biases; `None` for what the library does not compute.
+/// biases, and behind each row `room` values, a multiple of a vector's, that nobody wrote yet; `None` for what the library does
+/// not compute.
 pub(in super::super) fn attention(
     q: &Tensor,
     k: &Tensor,
     v: &Tensor,
     scale: f64,
+    room: usize,
 ) -> Result<Option<Tensor>> {
     match q.dtype() {
-        DType::BF16 => attend::<bf16>(q, k, v, scale),
-        DType::F16 => attend::<f16>(q, k, v, scale),
+        DType::BF16 => attend::<bf16>(q, k, v, scale, room),
+        DType::F16 => attend::<f16>(q, k, v, scale, room),
         _ => Ok(None),
     }
 }
 
-fn attend<T: Element>(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> Result<Option<Tensor>> {
+fn attend<T: Element>(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    scale: f64,
+    room: usize,
+) -> Result<Option<Tensor>> {
     let Device::Cuda(device) = q.device() else { return Ok(None) };
     let (batch, heads, queries, dim) = q.dims4()?;
     let (_, groups, keys, _) = k.dims4()?;
     let fits = k.dims() == v.dims() && k.dim(0)? == batch && k.dim(3)? == dim;
-    let whole = dim.is_multiple_of(T::VECTOR as usize) && dim <= WIDEST;
+    let whole = [dim, room].iter().all(|n| n.is_multiple_of(T::VECTOR as usize)) && dim <= WIDEST;
     if !fits || groups != heads || !whole || q.elem_count() == 0 || keys == 0 {
         return Ok(None);
     }
     let (q, k, v) = (vectors(q, T::VECTOR)?, vectors(k, T::VECTOR)?, vectors(v, T::VECTOR)?);
     let inputs = [Some(&q), Some(&k), Some(&v)];
     held_to::<T>(&inputs)?;
-    let mut out = Fresh::<T>::new(&q, (batch * queries * heads * dim) as u64)?;
-    let [b, h, s, d] = [batch, heads, queries, dim].map(|n| n as i64);
-    let merged = Lies { dims: [b, h, s, d], strides: [s * h * d, d, h * d, 1] };
+    let width = heads * dim + room;
+    let mut out = Fresh::<T>::new(&q, (batch * queries * width) as u64)?;
+    let [b, h, s, d, row] = [batch, heads, queries, dim, width].map(|n| n as i64);
+    let merged = Lies { dims: [b, h, s, d], strides: [s * row, d, row, 1] };
     let operands = [lies(&q), lies(&k), lies(&v), merged];
     let key = Key::Attention(Attention { dtype: T::DTYPE, operands });
     let done = out.queue(&inputs, |stream, inputs, out| {
@@ -89,10 +98,10 @@ fn attend<T: Element>(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> Result<
         let scale = scale as f32;
         let scale: Raw = (&raw const scale).cast_mut().cast();
         // SAFETY: the operands lie as `key` says, locked and held to the memory that they have, the result is as
-        // large, and the scale is one f32.
+        // large or larger, and the scale is one f32.
         unsafe { queue(device, stream, key, &[q as Raw, k as Raw, v as Raw, out as Raw, scale]) }
     })?;
-    Ok(done.then(|| out.tensor((batch, queries, heads * dim))))
+    Ok(done.then(|| out.tensor((batch, queries, width))))
 }
 
 /// Where a tensor of four dimensions lies.
