@@ -281,7 +281,7 @@ impl Comparison {
         out.push_str(
             "\nJudged: how many times as fast ours is at no more VRAM (beside diffusers by leaf, at no more than 2.7 GB), and,\n\
              with all weights on the card, the part of the other's time that ours takes. diffusers offloads groups in bf16 alone: ours in\n\
-             int8 is held against that.\n\n\
+             int8 is held against that. In int8 ours multiplies int8 by int8, where the others expand weights to bf16.\n\n\
              | other | ours | ratio | bar | |\n|---|---|--:|--:|---|\n",
         );
         for verdict in &self.judged {
