@@ -14,7 +14,7 @@ use mmgp_models::nn::{
     self, Activation, Conv2d, GroupNorm, HeadRows, Heads, LayerNorm, Projected, RmsNorm, Rope,
     Window, cuda,
 };
-use mmgp_quant::{Bias, MemorySource, Weights};
+use mmgp_quant::{Bias, Input, MemorySource, Weights};
 
 const EPS: f64 = 1e-6;
 const DTYPES: [DType; 3] = [DType::BF16, DType::F16, DType::F32];
@@ -257,9 +257,9 @@ fn cuda_gelu_of_a_layer_is_near_the_cpu() {
             let (here, layer_there) = (layer(&Device::Cpu, DType::F32), layer(&there, dtype));
             let moved = |t: &Tensor| t.to_dtype(dtype).unwrap().to_device(&there).unwrap();
             cuda::enable(&device);
-            let joined = nn::join_gelu(&moved(&a), &layer_there, &moved(&x)).unwrap();
-            let alone = Activation::GeluTanh.of(&layer_there, &moved(&x)).unwrap();
-            let again = nn::join_gelu(&moved(&a), &layer_there, &moved(&x)).unwrap();
+            let joined = nn::join_gelu(&moved(&a), &layer_there, &moved(&x).into()).unwrap();
+            let alone = Activation::GeluTanh.of(&layer_there, &moved(&x).into()).unwrap();
+            let again = nn::join_gelu(&moved(&a), &layer_there, &moved(&x).into()).unwrap();
             cuda::disable(&device);
             let values = |t: &Tensor| {
                 let t = t.to_device(&Device::Cpu).unwrap().to_dtype(DType::F32).unwrap();
@@ -330,7 +330,7 @@ fn cuda_projections_are_near_the_cpu() {
                     let norm = |weight: &Tensor| {
                         RmsNorm::new(&weights(device, dtype, &[("weight", weight)]), dim, EPS)
                     };
-                    let x = x.to_dtype(dtype).unwrap().to_device(device).unwrap();
+                    let x = Input::from(x.to_dtype(dtype).unwrap().to_device(device).unwrap());
                     let rope = rope.narrow(first, tokens).unwrap();
                     first += tokens;
                     made.push((x, linear.unwrap(), norm(q).unwrap(), norm(k).unwrap(), rope));
@@ -423,7 +423,7 @@ fn cuda_nn_times() {
             .with("bias", tensor(&[outputs]));
         Weights::new(source).linear(width, outputs, Bias::Yes).unwrap()
     };
-    let (qkv, up) = (layer(3 * width), layer(4 * width));
+    let (qkv, up, read) = (layer(3 * width), layer(4 * width), Input::from(&x));
     let hidden = tensor(&[1, tokens, 4 * width]);
     let source = MemorySource::new(&there).with("weight", weight).with("bias", tensor(&[128]));
     let weights = Weights::new(source);
@@ -473,15 +473,15 @@ fn cuda_nn_times() {
             7 * one,
             Box::new(|| {
                 let norms = [&norm, &norm];
-                let stream = Projected { linear: &qkv, x: &x, norms, rope: &rope };
+                let stream = Projected { linear: &qkv, x: &read, norms, rope: &rope };
                 let [q, ..] = heads.project(&[stream])?;
                 Ok(q)
             }),
         ),
         ("their product", 4 * one, Box::new(|| qkv.forward(&x))),
-        ("up: product, GELU", 5 * one, Box::new(|| Activation::GeluTanh.of(&up, &x))),
+        ("up: product, GELU", 5 * one, Box::new(|| Activation::GeluTanh.of(&up, &read))),
         ("up: product", 5 * one, Box::new(|| up.forward(&x))),
-        ("up: joined", 7 * one, Box::new(|| nn::join_gelu(&y, &up, &x))),
+        ("up: joined", 7 * one, Box::new(|| nn::join_gelu(&y, &up, &read))),
         (
             "group norm, silu, in place",
             3 * picture.elem_count(),

@@ -5,7 +5,7 @@
 use candle_core::Tensor;
 
 use crate::{
-    Part, Result, Weights,
+    CodedRows, Codes, Input, Part, Result, Weights,
     formats::{dense::Dense, fp8::Fp8, int8::Int8},
 };
 
@@ -70,6 +70,41 @@ pub trait QuantTensor: Send + Sync {
         _y: &Tensor,
     ) -> candle_core::Result<bool> {
         Ok(false)
+    }
+
+    /// The codes that products make of an input like `x`, `[rows, inputs]`, before they multiply; `None` where they take
+    /// numbers, which is decided by shape, dtype and device alone.
+    fn reads(&self, _x: &Input) -> Option<Codes> {
+        None
+    }
+
+    /// [`product`](Self::product) of rows that are such codes already. It gives the bits that it gives for the numbers they were
+    /// made of.
+    ///
+    /// # Errors
+    /// Those of [`product`](Self::product); codes that the weight does not read.
+    fn product_of_codes(
+        &self,
+        x: &CodedRows,
+        bias: Option<&Tensor>,
+    ) -> candle_core::Result<Tensor> {
+        let numbers = Input::Codes(x.clone()).numbers()?;
+        self.product(&numbers.reshape(x.codes.dims())?, bias)
+    }
+
+    /// [`product_into`](Self::product_into) of such rows.
+    ///
+    /// # Errors
+    /// Those of [`product`](Self::product); a `y` of another shape; codes that the weight does not read.
+    fn product_of_codes_into(
+        &self,
+        x: &CodedRows,
+        bias: Option<&Tensor>,
+        epilogue: Epilogue,
+        y: &Tensor,
+    ) -> candle_core::Result<bool> {
+        let numbers = Input::Codes(x.clone()).numbers()?;
+        self.product_into(&numbers.reshape(x.codes.dims())?, bias, epilogue, y)
     }
 
     /// The weight that this stands for, dense `[outputs, inputs]`, in the dtype that the format

@@ -27,6 +27,7 @@ mod codes;
 mod error;
 mod format;
 mod formats;
+mod input;
 mod kernels;
 mod linear;
 mod low_rank;
@@ -42,6 +43,7 @@ pub use card::Card;
 pub use codes::Codes;
 pub use error::{Error, Result};
 pub use format::{Epilogue, Format, QuantTensor, formats};
+pub use input::{CodedRows, Input};
 #[cfg(feature = "cuda")]
 pub use kernels::cuda::{
     Int8Kernel, KernelImage, disable_fp8, enable_fp8, fp8_enabled, fp8_multiplies, fp8_product,

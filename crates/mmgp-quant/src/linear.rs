@@ -5,8 +5,8 @@ use std::fmt;
 use candle_core::{Module, Tensor};
 
 use crate::{
-    Epilogue, Error, Form, Part, QuantTensor, Result, SideSlot, Target, TargetPart, Weights,
-    formats, join_parts,
+    Codes, Epilogue, Error, Form, Input, Part, QuantTensor, Result, SideSlot, Target, TargetPart,
+    Weights, formats, join_parts,
 };
 
 /// Whether a layer has a bias.
@@ -100,7 +100,7 @@ impl Linear {
     }
 
     /// The same with an epilogue behind the bias, into `y`: `[rows, outputs]`, the values of a row side by side, which may be
-    /// columns of a wider tensor and shares its memory with neither `x` nor the weights. `x` is `[…, inputs]` of as many rows.
+    /// columns of a wider tensor and shares its memory with neither `x` nor the weights. `x` has as many rows.
     ///
     /// `false`, with `y` as it was, where that takes more than one pass: on devices without such products, and while a side adds
     /// to the layer, which it would have to do before the epilogue.
@@ -109,11 +109,11 @@ impl Linear {
     /// Those of [`forward`](Self::forward); a `y` of another shape.
     pub fn forward_into(
         &self,
-        x: &Tensor,
+        x: &Input,
         epilogue: Epilogue,
         y: &Tensor,
     ) -> candle_core::Result<bool> {
-        let rows = x.elem_count() / self.inputs.max(1);
+        let rows = x.dims().iter().product::<usize>() / self.inputs.max(1);
         if x.dims().last() != Some(&self.inputs) || y.dims() != [rows, self.outputs] {
             candle_core::bail!(
                 "linear: input {:?}, weight [{}, {}], output {:?}",
@@ -126,8 +126,46 @@ impl Linear {
         if self.side.is_taken() {
             return Ok(false);
         }
-        let x = x.contiguous()?.reshape((rows, self.inputs))?;
-        self.weight.product_into(&x, self.bias.as_ref(), epilogue, y)
+        match x {
+            Input::Numbers(x) => {
+                let x = x.contiguous()?.reshape((rows, self.inputs))?;
+                self.weight.product_into(&x, self.bias.as_ref(), epilogue, y)
+            }
+            Input::Codes(x) => {
+                self.weight.product_of_codes_into(x, self.bias.as_ref(), epilogue, y)
+            }
+        }
+    }
+
+    /// [`forward`](Self::forward) of either kind of input.
+    ///
+    /// # Errors
+    /// Those of [`forward`](Self::forward).
+    pub fn forward_input(&self, x: &Input) -> candle_core::Result<Tensor> {
+        let rows = match x {
+            Input::Numbers(x) => return self.forward(x),
+            // A side reads numbers.
+            Input::Codes(_) if self.side.is_taken() => return self.forward(&x.numbers()?),
+            Input::Codes(rows) => rows,
+        };
+        let mut dims = rows.dims.clone();
+        match dims.last_mut() {
+            Some(last) if *last == self.inputs => *last = self.outputs,
+            _ => candle_core::bail!(
+                "linear: input {:?}, weight [{}, {}]",
+                rows.dims,
+                self.outputs,
+                self.inputs
+            ),
+        }
+        self.weight.product_of_codes(rows, self.bias.as_ref())?.reshape(dims)
+    }
+
+    /// The codes that the product makes of an input like `x`, `[…, inputs]`, before it multiplies; `None` where it takes
+    /// numbers, and while a side adds to the layer, which reads numbers.
+    pub fn reads(&self, x: &Input) -> Option<Codes> {
+        let fits = x.dims().last() == Some(&self.inputs) && !self.side.is_taken();
+        if fits { self.weight.reads(x) } else { None }
     }
 
     /// The width of the input.
@@ -179,7 +217,7 @@ mod tests {
     use candle_core::{DType, Device};
 
     use super::*;
-    use crate::{MemorySource, Side};
+    use crate::{CodedRows, MemorySource, Side};
 
     fn weights() -> Result<Weights> {
         let dev = Device::Cpu;
@@ -219,6 +257,34 @@ mod tests {
         assert!(error.contains("`v.weight`"), "{error}");
         let layer = w.pp("q").linear(7, 5, Bias::Yes)?;
         assert!(layer.forward(&Tensor::zeros((1, 6), DType::F32, &Device::Cpu)?).is_err());
+        Ok(())
+    }
+
+    #[test]
+    fn codes_stand_for_numbers() -> Result<()> {
+        let layer = weights()?.pp("q").linear(7, 5, Bias::Yes)?;
+        let dev = Device::Cpu;
+        for of in [Codes::Int8, Codes::Fp8] {
+            // 2, 1 and -1 as either has them, times 0.5 and 3.
+            let [two, one, less] = if of == Codes::Int8 { [2, 1, 255] } else { [0x40, 0x38, 0xb8] };
+            let codes = [[two, one, less, 0, 0, one, one], [one, two, 0, less, less, 0, two]];
+            let input = Input::Codes(CodedRows {
+                of,
+                codes: Tensor::new(&codes, &dev)?,
+                scales: Tensor::new(&[[0.5f32], [3.]], &dev)?,
+                dtype: DType::F32,
+                dims: vec![1, 2, 7],
+            });
+            let numbers = [[[1f32, 0.5, -0.5, 0., 0., 0.5, 0.5], [3., 6., 0., -3., -3., 0., 6.]]];
+            assert_eq!(input.numbers()?.to_vec3::<f32>()?, numbers);
+            let x = Tensor::new(&numbers, &dev)?;
+            let (want, got) = (layer.forward(&x)?, layer.forward_input(&input)?);
+            assert_eq!(got.to_vec3::<f32>()?, want.to_vec3::<f32>()?);
+            // The CPU makes no codes of its input, and writes no columns.
+            assert_eq!((layer.reads(&x.into()), layer.reads(&input)), (None, None));
+            let y = Tensor::zeros((2, 5), DType::F32, &dev)?;
+            assert!(!layer.forward_into(&input, Epilogue::None, &y)?);
+        }
         Ok(())
     }
 

@@ -4,7 +4,7 @@
 //! on one thread; the others are the tensor library's.
 
 use candle_core::{D, DType, Result, Tensor};
-use mmgp_quant::Linear;
+use mmgp_quant::{Input, Linear};
 
 use crate::nn::cpu;
 #[cfg(feature = "cuda")]
@@ -69,15 +69,15 @@ impl Activation {
     ///
     /// # Errors
     /// Those of [`Linear::forward`].
-    pub fn of(self, linear: &Linear, x: &Tensor) -> Result<Tensor> {
+    pub fn of(self, linear: &Linear, x: &Input) -> Result<Tensor> {
         #[cfg(feature = "cuda")]
         if self == Self::GeluTanh
-            && cuda::take(&[x])
+            && cuda::take_input(x)
             && let Some(y) = cuda::gelu_of(linear, x)?
         {
             return Ok(y);
         }
-        self.apply(&linear.forward(x)?)
+        self.apply(&linear.forward_input(x)?)
     }
 
     /// Applies it to each element of `gate` and multiplies by `x`, which has the same shape: a gated linear
@@ -131,16 +131,16 @@ impl Activation {
 ///
 /// # Errors
 /// Shapes that do not fit each other; weights that are not leased.
-pub fn join_gelu(a: &Tensor, linear: &Linear, x: &Tensor) -> Result<Tensor> {
+pub fn join_gelu(a: &Tensor, linear: &Linear, x: &Input) -> Result<Tensor> {
     let (batch, tokens, _) = a.dims3()?;
     if x.dims() != [batch, tokens, linear.inputs()] {
         candle_core::bail!("join_gelu: {:?} and {:?} for {linear:?}", a.dims(), x.dims());
     }
     #[cfg(feature = "cuda")]
-    if cuda::take(&[a, x]) {
+    if cuda::take(&[a]) && cuda::take_input(x) {
         return cuda::join_gelu_of(a, linear, x);
     }
-    joined_gelu(a, &linear.forward(x)?)
+    joined_gelu(a, &linear.forward_input(x)?)
 }
 
 /// `[a, gelu_tanh(x)]` along the last dimension of `[batch, tokens, …]` each, by the CPU's kernel or the tensor library.
@@ -249,10 +249,12 @@ mod tests {
         let linear = Weights::new(source).linear(6, 5, Bias::Yes)?;
         let activated = linear.forward(&x)?.gelu()?;
         let far = |got: &Tensor, want: &Tensor| (got - want)?.abs()?.max_all()?.to_scalar::<f32>();
+        let few = x.narrow(1, 0, 2)?;
+        let x = x.into();
         assert!(far(&Activation::GeluTanh.of(&linear, &x)?, &activated)? < 1e-6);
         let want = Tensor::cat(&[&a, &activated], 2)?;
         assert!(far(&join_gelu(&a, &linear, &x)?, &want)? < 1e-6);
-        assert!(join_gelu(&a, &linear, &x.narrow(1, 0, 2)?).is_err());
+        assert!(join_gelu(&a, &linear, &few.into()).is_err());
         Ok(())
     }
 }

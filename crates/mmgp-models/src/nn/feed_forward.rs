@@ -1,7 +1,7 @@
 //! The feed-forward part of a block under diffusers' names.
 
 use candle_core::{Result, Tensor};
-use mmgp_quant::{Bias, Linear, Weights};
+use mmgp_quant::{Bias, Input, Linear, Weights};
 
 use crate::nn::Activation;
 
@@ -35,7 +35,20 @@ impl FeedForward {
     /// # Errors
     /// An input of another width; weights that are not leased.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.forward_input(&x.into())
+    }
+
+    /// The same of either kind of input.
+    ///
+    /// # Errors
+    /// Those of [`forward`](Self::forward).
+    pub fn forward_input(&self, x: &Input) -> Result<Tensor> {
         self.down.forward(&self.activation.of(&self.up, x)?)
+    }
+
+    /// The layer that reads the input.
+    pub fn up(&self) -> &Linear {
+        &self.up
     }
 }
 

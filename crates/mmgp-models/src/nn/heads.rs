@@ -4,7 +4,9 @@
 //! Each function makes one pass over memory where the tensor library would make three to five.
 
 use candle_core::{D, DType, Result, Tensor};
-use mmgp_quant::Linear;
+#[cfg(feature = "cuda")]
+use mmgp_quant::Codes;
+use mmgp_quant::{Input, Linear};
 
 use crate::nn::{RmsNorm, Rope, cpu, layer_norm_modulated, norms::rms_row};
 #[cfg(feature = "cuda")]
@@ -89,7 +91,9 @@ impl Heads {
     pub fn project(self, streams: &[Projected<'_>]) -> Result<[Tensor; 3]> {
         let width = self.width();
         for &Projected { linear, x, rope, .. } in streams {
-            let (_, tokens, inputs) = x.dims3()?;
+            let &[_, tokens, inputs] = x.dims() else {
+                candle_core::bail!("heads: a stream of {:?}", x.dims());
+            };
             let fits = linear.inputs() == inputs && linear.outputs() == 3 * width;
             if !fits || rope.tokens() != tokens || rope.half() * 2 != self.dim {
                 candle_core::bail!(
@@ -102,18 +106,22 @@ impl Heads {
         }
         #[cfg(feature = "cuda")]
         {
-            let mut all: Vec<&Tensor> = streams.iter().map(|stream| stream.x).collect();
-            all.extend(streams.iter().flat_map(|stream| stream.norms.map(RmsNorm::weight)));
+            let all = streams.iter().flat_map(|stream| stream.norms.map(RmsNorm::weight));
+            let all: Vec<&Tensor> = all.collect();
+            let alike = |x: &Input| {
+                cuda::take_input(x) && all.first().is_some_and(|norm| norm.dtype() == x.dtype())
+            };
             // The kernel turns neighbours.
             let turns = streams.iter().all(|stream| stream.rope.pairs() == Pairs::Neighbours);
             if turns
                 && cuda::take(&all)
+                && streams.iter().all(|stream| alike(stream.x))
                 && let Some(heads) = cuda::project(self, streams)?
             {
                 return Ok(heads);
             }
         }
-        let rows = streams.iter().map(|stream| stream.linear.forward(stream.x));
+        let rows = streams.iter().map(|stream| stream.linear.forward_input(stream.x));
         let rows = rows.collect::<Result<Vec<_>>>()?;
         let parts = |first: usize, norm: Option<usize>| {
             let mut parts = Vec::with_capacity(streams.len());
@@ -233,7 +241,7 @@ pub struct Projected<'a> {
     /// Three times as many outputs as the heads have values.
     pub linear: &'a Linear,
     /// The stream, `[batch, tokens, inputs of the layer]`.
-    pub x: &'a Tensor,
+    pub x: &'a Input,
     /// Normalise each head of the queries and of the keys.
     pub norms: [&'a RmsNorm; 2],
     /// Turns them then.
@@ -297,7 +305,7 @@ pub fn gated_add(x: &Tensor, y: &Tensor, gate: &Tensor) -> Result<Tensor> {
     cpu::tensor(out, (batch, tokens, width))
 }
 
-/// [`gated_add`], and [`layer_norm_modulated`] of that: `scale` and `shift` are `[batch, width]` too.
+/// [`gated_add`], and [`layer_norm_modulated`] of that as `reader` reads it: `scale` and `shift` are `[batch, width]` too.
 ///
 /// # Errors
 /// Shapes that do not fit each other.
@@ -305,16 +313,52 @@ pub fn gated_add_norm(
     x: &Tensor,
     y: &Tensor,
     gate: &Tensor,
-    [scale, shift]: [&Tensor; 2],
+    modulation: [&Tensor; 2],
     eps: f64,
-) -> Result<(Tensor, Tensor)> {
+    reader: &Linear,
+) -> Result<(Tensor, Input)> {
     #[cfg(feature = "cuda")]
-    if cuda::take(&[x, y, gate, scale, shift]) {
-        return cuda::gated_add_norm(x, y, gate, [scale, shift], eps);
+    if cuda::take(&[x, y, gate, modulation[0], modulation[1]]) {
+        let normed = cuda::Normed { x, gated: Some((y, gate)), modulation, eps };
+        return match normed.run(codes_for(x, &[reader]))? {
+            (Some(sum), input) => Ok((sum, input)),
+            (None, _) => candle_core::bail!("gated_add_norm: no sum"),
+        };
     }
     let sum = gated_add(x, y, gate)?;
-    let normed = layer_norm_modulated(&sum, scale, shift, eps)?;
+    let normed = layer_norm_modulated_for(&sum, modulation, eps, &[reader])?;
     Ok((sum, normed))
+}
+
+/// [`layer_norm_modulated`] as all of `readers` read it: as codes, where that is what all of them make of it first.
+///
+/// # Errors
+/// Those of [`layer_norm_modulated`].
+#[cfg_attr(not(feature = "cuda"), allow(unused_variables))] // elsewhere norms are numbers
+pub fn layer_norm_modulated_for(
+    x: &Tensor,
+    modulation: [&Tensor; 2],
+    eps: f64,
+    readers: &[&Linear],
+) -> Result<Input> {
+    let [scale, shift] = modulation;
+    #[cfg(feature = "cuda")]
+    if let Some(codes) = codes_for(x, readers)
+        && x.rank() == 3
+        && cuda::take(&[x, scale, shift])
+    {
+        return Ok(cuda::Normed { x, gated: None, modulation, eps }.run(Some(codes))?.1);
+    }
+    layer_norm_modulated(x, scale, shift, eps).map(Input::from)
+}
+
+/// The codes that all of `readers` make of an input like `x`.
+#[cfg(feature = "cuda")]
+fn codes_for(x: &Tensor, readers: &[&Linear]) -> Option<Codes> {
+    let x = Input::from(x);
+    let mut codes = readers.iter().map(|reader| reader.reads(&x));
+    let first = codes.next()??;
+    codes.all(|other| other == Some(first)).then_some(first)
 }
 
 #[cfg(test)]

@@ -6,11 +6,11 @@
 //! given back. Projections of one input are one product.
 
 use candle_core::{Result, Tensor};
-use mmgp_quant::{Bias, Linear, Weights};
+use mmgp_quant::{Bias, Input, Linear, Weights};
 
 use crate::nn::{
     Activation, FeedForward, Heads, Modulation, Projected, RmsNorm, Rope, attention,
-    attention_up_to, gated_add, gated_add_norm, join_gelu, layer_norm_modulated,
+    attention_up_to, gated_add, gated_add_norm, join_gelu, layer_norm_modulated_for,
 };
 
 /// ε of all norms.
@@ -52,7 +52,7 @@ impl Joint<'_> {
         [q, k, v]: [Tensor; 3],
         heads: Heads,
         up: &Linear,
-        y: &Tensor,
+        y: &Input,
     ) -> Result<Tensor> {
         #[cfg(feature = "cuda")]
         {
@@ -104,7 +104,7 @@ impl Projection {
     }
 
     /// The projection of a stream whose tokens are where `rope` has them.
-    fn of<'a>(&'a self, x: &'a Tensor, rope: &'a Rope) -> Projected<'a> {
+    fn of<'a>(&'a self, x: &'a Input, rope: &'a Rope) -> Projected<'a> {
         Projected { linear: &self.qkv, x, norms: [&self.norm_q, &self.norm_k], rope }
     }
 }
@@ -123,8 +123,9 @@ impl Stream {
     fn finish(&self, x: &Tensor, mixed: &Tensor, m: &[Tensor; 6]) -> Result<Tensor> {
         let [_, _, gate, shift_mlp, scale_mlp, gate_mlp] = m;
         let modulation = [scale_mlp, shift_mlp];
-        let (x, y) = gated_add_norm(x, &self.out.forward(mixed)?, gate, modulation, EPS)?;
-        gated_add(&x, &self.feed_forward.forward(&y)?, gate_mlp)
+        let (mixed, up) = (self.out.forward(mixed)?, self.feed_forward.up());
+        let (x, y) = gated_add_norm(x, &mixed, gate, modulation, EPS, up)?;
+        gated_add(&x, &self.feed_forward.forward_input(&y)?, gate_mlp)
     }
 }
 
@@ -189,7 +190,8 @@ impl DoubleBlock {
         };
         let normed = |stream: &Stream, x: &Tensor, first: usize| {
             let modulation = stream.modulation.forward(joint.activated)?;
-            let y = layer_norm_modulated(x, &modulation[1], &modulation[0], EPS)?;
+            let (modulated, reader) = ([&modulation[1], &modulation[0]], &stream.projection.qkv);
+            let y = layer_norm_modulated_for(x, modulated, EPS, &[reader])?;
             Ok::<_, candle_core::Error>((modulation, y, joint.rope.narrow(first, x.dim(1)?)?))
         };
         let (image_mod, image_y, image_rope) = normed(&self.image, image, image_at)?;
@@ -247,7 +249,8 @@ impl SingleBlock {
     /// Shapes that do not fit; weights that are not leased.
     pub fn forward(&self, x: &Tensor, joint: &Joint<'_>) -> Result<Tensor> {
         let [shift, scale, gate] = self.modulation.forward(joint.activated)?;
-        let y = layer_norm_modulated(x, &scale, &shift, EPS)?;
+        let readers = [&self.projection.qkv, &self.up];
+        let y = layer_norm_modulated_for(x, [&scale, &shift], EPS, &readers)?;
         let heads = self.projection.heads;
         let projected = heads.project(&[self.projection.of(&y, joint.rope)])?;
         let joined = joint.attention_beside_gelu(projected, heads, &self.up, &y)?;

@@ -40,7 +40,7 @@ pub use conv3d::Conv3d;
 pub use embed::{Mlp, timestep_embedding};
 pub use feed_forward::FeedForward;
 pub use group_norm::GroupNorm;
-pub use heads::{HeadRows, Heads, Projected, gated_add, gated_add_norm};
+pub use heads::{HeadRows, Heads, Projected, gated_add, gated_add_norm, layer_norm_modulated_for};
 pub use joint::{DoubleBlock, Joint, SingleBlock, TextPlace};
 pub use modulation::Modulation;
 pub use norms::{LayerNorm, RmsNorm, layer_norm_modulated};

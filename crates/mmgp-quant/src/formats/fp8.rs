@@ -17,6 +17,8 @@ use super::{
     dense::{floating, product, product_on_device, product_on_device_into, slice},
     int8::{of, widened},
 };
+#[cfg(feature = "cuda")]
+use crate::{CodedRows, Input};
 use crate::{
     Codes, Epilogue, Error, Form, Format, Part, QuantTensor, Result, Source, Weights,
     kernels::{cpu::Rows, fp8, int8::Real},
@@ -145,11 +147,51 @@ impl QuantTensor for Fp8Weight {
             && crate::kernels::cuda::fp8_enabled(device)
         {
             let (scales, to) = (self.scales.as_ref(), (epilogue, y));
-            if crate::kernels::cuda::fp8_product_into(x, &self.codes, scales, bias, to)? {
+            if crate::kernels::cuda::fp8_product_into(&x.into(), &self.codes, scales, bias, to)? {
                 return Ok(true);
             }
         }
         product_on_device_into(x, &self.expanded(x.dtype())?, bias, epilogue, y)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn reads(&self, x: &Input) -> Option<Codes> {
+        use crate::kernels::cuda::{fp8_enabled, fp8_reads_codes};
+        let candle_core::Device::Cuda(device) = x.device() else { return None };
+        let read = self.activations && fp8_enabled(device);
+        (read && fp8_reads_codes(x, self.codes.dims())).then_some(Codes::Fp8)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn product_of_codes(
+        &self,
+        x: &CodedRows,
+        bias: Option<&Tensor>,
+    ) -> candle_core::Result<Tensor> {
+        let (shape, x) = (x.codes.dims(), Input::Codes(x.clone()));
+        let scales = self.scales.as_ref();
+        match crate::kernels::cuda::fp8_product_of(&x, &self.codes, scales, bias)? {
+            Some(y) => Ok(y),
+            // The library offers nothing for the shape.
+            None => self.product(&x.numbers()?.reshape(shape)?, bias),
+        }
+    }
+
+    #[cfg(feature = "cuda")]
+    fn product_of_codes_into(
+        &self,
+        x: &CodedRows,
+        bias: Option<&Tensor>,
+        epilogue: Epilogue,
+        y: &Tensor,
+    ) -> candle_core::Result<bool> {
+        let (shape, x) = (x.codes.dims(), Input::Codes(x.clone()));
+        let scales = self.scales.as_ref();
+        if crate::kernels::cuda::fp8_product_into(&x, &self.codes, scales, bias, (epilogue, y))? {
+            return Ok(true);
+        }
+        // The library offers nothing for the shape.
+        self.product_into(&x.numbers()?.reshape(shape)?, bias, epilogue, y)
     }
 
     fn decode(&self) -> candle_core::Result<Tensor> {

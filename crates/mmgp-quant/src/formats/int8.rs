@@ -15,6 +15,8 @@ use half::{bf16, f16};
 use mmgp_io::Dtype;
 
 use super::dense::{floating, product, product_on_device, product_on_device_into, slice};
+#[cfg(feature = "cuda")]
+use crate::{CodedRows, Input};
 use crate::{
     Codes, Epilogue, Form, Format, Part, QuantTensor, Result, Source, Weights,
     kernels::{
@@ -115,11 +117,44 @@ impl QuantTensor for Int8Weight {
         if self.activations {
             use crate::kernels::cuda::{Int8Kernel, w8a8_into};
             let (to, kernel) = ((epilogue, y), Int8Kernel::Fastest);
-            if w8a8_into(x, &self.codes, &self.scales, bias, to, kernel)? {
+            if w8a8_into(&x.into(), &self.codes, &self.scales, bias, to, kernel)? {
                 return Ok(true);
             }
         }
         product_on_device_into(x, &self.expanded(x.dtype())?, bias, epilogue, y)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn reads(&self, x: &Input) -> Option<Codes> {
+        let read = self.activations && crate::kernels::cuda::reads_codes(x, self.codes.dims());
+        read.then_some(Codes::Int8)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn product_of_codes(
+        &self,
+        x: &CodedRows,
+        bias: Option<&Tensor>,
+    ) -> candle_core::Result<Tensor> {
+        use crate::kernels::cuda::{Int8Kernel, w8a8_of};
+        let x = Input::Codes(x.clone());
+        match w8a8_of(&x, &self.codes, &self.scales, bias, Int8Kernel::Fastest)? {
+            Some(y) => Ok(y),
+            None => candle_core::bail!("int8 linear: codes {:?} that no kernel reads", x.dims()),
+        }
+    }
+
+    #[cfg(feature = "cuda")]
+    fn product_of_codes_into(
+        &self,
+        x: &CodedRows,
+        bias: Option<&Tensor>,
+        epilogue: Epilogue,
+        y: &Tensor,
+    ) -> candle_core::Result<bool> {
+        use crate::kernels::cuda::{Int8Kernel, w8a8_into};
+        let (to, kernel) = ((epilogue, y), Int8Kernel::Fastest);
+        w8a8_into(&Input::Codes(x.clone()), &self.codes, &self.scales, bias, to, kernel)
     }
 
     fn decode(&self) -> candle_core::Result<Tensor> {

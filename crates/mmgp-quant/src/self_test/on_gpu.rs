@@ -4,10 +4,10 @@ use candle_core::{CudaDevice, DType, Device, Tensor};
 
 use super::{
     Activated, Added, activated, biased, codes, compare, compare_near, expanded, multiplied,
-    multiplied_in_fp8, multiplied_in_int8, quantized_to_fp8, values,
+    multiplied_in_fp8, multiplied_in_int8, quantized, quantized_to_fp8, values,
 };
 use crate::{
-    Codes, Epilogue, Error, Result,
+    CodedRows, Codes, Epilogue, Error, Input, Result,
     formats::{fp8, int8},
     kernels::cuda::{self, Int8Kernel},
 };
@@ -182,6 +182,22 @@ pub(super) fn w8a8(
             y.as_ref().map(back).transpose()
         };
         let expected = multiplied_in_int8(&x, &codes, &scales, bias, inputs, dtype);
+        // The input as the codes that become of it.
+        let (made, of_rows) = quantized(&x, inputs);
+        let made: Vec<u8> = made.iter().map(|&code| code as u8).collect();
+        let of_codes = || {
+            let read = coded(device, Codes::Int8, (&made, &of_rows), inputs, dtype)?;
+            let there = Tensor::new(codes.as_slice(), &Device::Cpu)?;
+            let there = there.to_device(&Device::Cuda(device.clone()))?;
+            let there = there.reshape((outputs, inputs))?;
+            let scales = place(&scales, 0, &[outputs, 1], scale)?;
+            let bias = bias.map(|bias| place(bias, 0, &[outputs], dtype)).transpose()?;
+            let by = Int8Kernel::Fastest;
+            cuda::w8a8_of(&read, &there, &scales, bias.as_ref(), by)?.as_ref().map(back).transpose()
+        };
+        if let Some(found) = of_codes().map_err(|error| not_run(&kernel, shape, error))? {
+            compare(&kernel, shape, &expected, &found)?;
+        }
         for (skipped, by) in
             [(0, Int8Kernel::Fastest), (1, Int8Kernel::Fastest), (0, Int8Kernel::Mma)]
         {
@@ -270,7 +286,7 @@ pub(super) fn activated_w8a8(device: &CudaDevice, of: &Activated, dtype: DType) 
             let codes = codes.reshape((outputs, inputs))?;
             let scales = on(device, &scales, DType::F32)?.reshape((outputs, 1))?;
             let (bias, to) = (on(device, &bias, dtype)?, (Epilogue::GeluTanh, y));
-            cuda::w8a8_into(&x, &codes, &scales, Some(&bias), to, by)
+            cuda::w8a8_into(&x.into(), &codes, &scales, Some(&bias), to, by)
         })?;
         let error = || candle_core::Error::msg("no kernel takes this shape");
         let found = found.ok_or_else(|| not_run(&kernel, (of.rows, outputs), error()))?;
@@ -300,7 +316,7 @@ pub(super) fn activated_fp8(device: &CudaDevice, of: &Activated, dtype: DType) -
         let codes = codes.reshape((outputs, inputs))?;
         let scales = on(device, &scales, DType::F32)?.reshape((outputs, 1))?;
         let (bias, to) = (on(device, &bias, dtype)?, (Epilogue::GeluTanh, y));
-        cuda::fp8_product_into(&x, &codes, Some(&scales), Some(&bias), to)
+        cuda::fp8_product_into(&x.into(), &codes, Some(&scales), Some(&bias), to)
     })?;
     Ok(())
 }
@@ -386,11 +402,40 @@ pub(super) fn fp8(
         let found = run(0)?;
         let expected = multiplied_in_fp8(&x, &weight, bias, inputs, dtype);
         compare_near(&kernel, shape, &expected, &found)?;
+        // The same of the input as the codes that become of it.
+        let (made, of_rows) = quantized_to_fp8(&x, inputs);
+        let of_codes = || {
+            let read = coded(device, Codes::Fp8, (&made, &of_rows), inputs, dtype)?;
+            let there = Tensor::new(codes.as_slice(), &Device::Cpu)?;
+            let there = there.to_device(&Device::Cuda(device.clone()))?;
+            let there = there.reshape((outputs, inputs))?;
+            let scales = scale.map(|scale| place(&scales, 0, &[outputs, 1], scale)).transpose()?;
+            let bias = bias.map(|bias| place(bias, 0, &[outputs], dtype)).transpose()?;
+            let y = cuda::fp8_product_of(&read, &there, scales.as_ref(), bias.as_ref())?;
+            back(&y.ok_or_else(|| candle_core::Error::msg("nothing takes these codes"))?)
+        };
+        let again = of_codes().map_err(|error| not_run(&kernel, shape, error))?;
+        compare(&kernel, shape, &found, &again)?;
         for skipped in [0, 1] {
             compare(&kernel, shape, &found, &run(skipped)?)?;
         }
     }
     Ok(())
+}
+
+/// Rows as codes and scales on the GPU.
+fn coded(
+    device: &CudaDevice,
+    of: Codes,
+    (codes, scales): (&[u8], &[f32]),
+    inputs: usize,
+    dtype: DType,
+) -> candle_core::Result<Input> {
+    let rows = scales.len();
+    let codes = Tensor::new(codes, &Device::Cpu)?.to_device(&Device::Cuda(device.clone()))?;
+    let (codes, scales) = (codes.reshape((rows, inputs))?, on(device, scales, DType::F32)?);
+    let (scales, dims) = (scales.reshape((rows, 1))?, vec![rows, inputs]);
+    Ok(Input::Codes(CodedRows { of, codes, scales, dtype, dims }))
 }
 
 /// `values` in `dtype` on the GPU. They are converted on the CPU, so that no kernel but the tested one runs.

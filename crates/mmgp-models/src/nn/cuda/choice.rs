@@ -3,6 +3,7 @@
 use std::{collections::HashMap, sync::OnceLock};
 
 use candle_core::{CudaDevice, DType, Device, Tensor};
+use mmgp_quant::Input;
 use parking_lot::RwLock;
 
 use super::{
@@ -107,6 +108,14 @@ pub fn convolution_enabled(device: &CudaDevice) -> bool {
 /// It cannot be opened, or is older than attention needs.
 pub fn cudnn_version() -> Result<usize, &'static str> {
     cudnn::version()
+}
+
+/// Whether kernels are used for what a layer reads, as [`take`] has it; codes come from kernels alone.
+pub(crate) fn take_input(x: &Input) -> bool {
+    match x {
+        Input::Numbers(x) => take(&[x]),
+        Input::Codes(_) => matches!(x.device(), Device::Cuda(device) if enabled(device)),
+    }
 }
 
 /// Whether kernels are used for `tensors`: they are on one GPU where they may be, and of one dtype that there are

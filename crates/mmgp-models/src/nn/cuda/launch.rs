@@ -86,7 +86,12 @@ impl<T: Element> Fresh<T> {
     /// Memory for `len` values on the GPU of `like`. What is in it is unknown: the caller has kernels
     /// write all of it before it is read.
     pub(super) fn new(like: &Tensor, len: u64) -> Result<Self> {
-        let Device::Cuda(device) = like.device() else {
+        Self::on(like.device(), len)
+    }
+
+    /// The same on a GPU that is named.
+    pub(super) fn on(device: &Device, len: u64) -> Result<Self> {
+        let Device::Cuda(device) = device else {
             bail!("nn: a kernel of the GPU was given a tensor of another device");
         };
         // SAFETY: `T` is plain numbers; kernels write them before others read, which is this type's contract.
@@ -113,26 +118,6 @@ impl<T: Element> Fresh<T> {
         unsafe { run(&self.device, &stream, kernel, grid, inputs, |inputs| argue(inputs, out)) }
     }
 
-    /// As [`run`](Self::run), for a kernel that fills `beside` too, whose address comes last.
-    ///
-    /// # Safety
-    /// That of [`run`](Self::run), for both.
-    pub(super) unsafe fn run_beside<P: DeviceRepr>(
-        &mut self,
-        beside: &mut Self,
-        kernel: &str,
-        grid: Grid,
-        inputs: &[Option<&Tensor>],
-        argue: impl FnOnce(&[u64], u64, u64) -> P,
-    ) -> Result<()> {
-        let stream = self.device.cuda_stream();
-        let (out, _written) = self.values.device_ptr_mut(&stream);
-        let (other, _other) = beside.values.device_ptr_mut(&stream);
-        let argue = |inputs: &[u64]| argue(inputs, out, other);
-        // SAFETY: handed on to the caller.
-        unsafe { run(&self.device, &stream, kernel, grid, inputs, argue) }
-    }
-
     /// Calls `queue` with the stream, the addresses of `inputs` and this memory's. Operands stay where they are
     /// until it is back.
     pub(super) fn queue<R>(
@@ -156,9 +141,64 @@ impl<T: Element> Fresh<T> {
 
     /// The memory as a tensor.
     pub(super) fn tensor(self, shape: impl Into<Shape>) -> Tensor {
-        let storage = CudaStorage::wrap_cuda_slice(self.values, self.device);
-        Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false)
+        tensor_of(self.values, &self.device, shape)
     }
+}
+
+/// Starts `kernel` on `inputs`, whose addresses `argue` gets in their order, 0 for `None`, and after them those of `written`, the
+/// memory of all of which is taken already.
+///
+/// # Safety
+/// That of [`Fresh::run`], for all that is written.
+pub(super) unsafe fn run_into<P: DeviceRepr>(
+    device: &CudaDevice,
+    written: &mut [&mut dyn Written],
+    kernel: &str,
+    grid: Grid,
+    inputs: &[Option<&Tensor>],
+    argue: impl FnOnce(&[u64], &[u64]) -> P,
+) -> Result<()> {
+    let stream = device.cuda_stream();
+    let (addresses, held): (Vec<u64>, Vec<_>) =
+        written.iter_mut().map(|memory| memory.address(&stream)).unzip();
+    // SAFETY: handed on to the caller.
+    let done = unsafe { run(device, &stream, kernel, grid, inputs, |at| argue(at, &addresses)) };
+    drop(held);
+    done
+}
+
+/// Memory that a kernel writes.
+pub(super) trait Written {
+    /// Where it lies, until what is returned with that is dropped.
+    fn address<'a>(&'a mut self, stream: &'a CudaStream) -> (u64, SyncOnDrop<'a>);
+}
+
+impl<T: Element> Written for Fresh<T> {
+    fn address<'a>(&'a mut self, stream: &'a CudaStream) -> (u64, SyncOnDrop<'a>) {
+        self.values.device_ptr_mut(stream)
+    }
+}
+
+impl Written for CudaSlice<u8> {
+    fn address<'a>(&'a mut self, stream: &'a CudaStream) -> (u64, SyncOnDrop<'a>) {
+        self.device_ptr_mut(stream)
+    }
+}
+
+impl Written for CudaSlice<f32> {
+    fn address<'a>(&'a mut self, stream: &'a CudaStream) -> (u64, SyncOnDrop<'a>) {
+        self.device_ptr_mut(stream)
+    }
+}
+
+/// Memory of a GPU as a tensor.
+pub(super) fn tensor_of<T: CudaDType>(
+    values: CudaSlice<T>,
+    device: &CudaDevice,
+    shape: impl Into<Shape>,
+) -> Tensor {
+    let storage = CudaStorage::wrap_cuda_slice(values, device.clone());
+    Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false)
 }
 
 /// Values that a storage has, `storage` being what an operation in place was given.

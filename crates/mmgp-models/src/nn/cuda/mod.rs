@@ -18,10 +18,12 @@ use candle_core::{
     backend::BackendStorage, bail,
 };
 use half::{bf16, f16};
-use mmgp_quant::{Epilogue, Linear};
+use mmgp_quant::{CodedRows, Codes, Epilogue, Input, Linear};
 
 use self::{
-    launch::{Element, Fresh, KERNELS, Place, Scratch, by_dtype, held_to},
+    launch::{
+        Element, Fresh, KERNELS, Place, Scratch, Written, by_dtype, held_to, run_into, tensor_of,
+    },
     shape::{
         Activate, Add, Axes, Flat, Gate, GateNorm, Grid, Group, Lines, PerItem, Rows, Turn,
         countable, piece_values,
@@ -29,7 +31,7 @@ use self::{
 };
 use crate::nn::{Activation, HeadRows, Heads, Projected, RmsNorm, Rope, Window};
 
-pub(crate) use self::choice::take;
+pub(crate) use self::choice::{take, take_input};
 pub use self::{
     choice::{
         attention_enabled, convolution_enabled, cudnn_version, disable, enable, enable_attention,
@@ -72,13 +74,13 @@ pub(crate) fn attention_beside_gelu(
     [q, k, v]: [&Tensor; 3],
     scale: f64,
     linear: &Linear,
-    x: &Tensor,
+    x: &Input,
 ) -> Result<Option<Tensor>> {
     let Device::Cuda(device) = q.device() else {
         return Ok(None);
     };
-    let alike =
-        [k, v, x].iter().all(|t| t.dtype() == q.dtype() && t.device().same_device(q.device()));
+    let alike = [(k.dtype(), k.device()), (v.dtype(), v.device()), (x.dtype(), x.device())];
+    let alike = alike.iter().all(|(dtype, at)| *dtype == q.dtype() && at.same_device(q.device()));
     if !alike || !enabled(device) || !attention_enabled(device) || linear.side().is_taken() {
         return Ok(None);
     }
@@ -321,8 +323,12 @@ pub(crate) fn project(heads: Heads, streams: &[Projected<'_>]) -> Result<Option<
 }
 
 fn projected<T: Element>(heads: Heads, streams: &[Projected<'_>]) -> Result<Option<[Tensor; 3]>> {
-    let (x, width) = (streams[0].x, heads.width());
-    let batch = x.dim(0)?;
+    let width = heads.width();
+    let of = |stream: &Projected<'_>| match stream.x.dims() {
+        &[batch, tokens, _] => Ok((batch, tokens)),
+        other => bail!("heads: a stream of {other:?}"),
+    };
+    let (batch, _) = of(&streams[0])?;
     let vectors = heads.dim / T::VECTOR as usize;
     if !heads.dim.is_multiple_of(T::VECTOR as usize)
         || !(1..=32).contains(&vectors)
@@ -333,12 +339,13 @@ fn projected<T: Element>(heads: Heads, streams: &[Projected<'_>]) -> Result<Opti
     {
         return Ok(None);
     }
-    let tokens: Vec<usize> = streams.iter().map(|s| s.x.dim(1)).collect::<Result<_>>()?;
+    let tokens: Vec<usize> =
+        streams.iter().map(|stream| Ok(of(stream)?.1)).collect::<Result<_>>()?;
     let total: usize = tokens.iter().sum();
     if total == 0 {
         return Ok(None);
     }
-    let rows = Fresh::<T>::new(x, (batch * total * 3 * width) as u64)?;
+    let rows = Fresh::<T>::on(streams[0].x.device(), (batch * total * 3 * width) as u64)?;
     // Products write all of it before it is read; without them it is dropped.
     let rows = rows.tensor((batch, total, 3 * width));
     let mut before = 0;
@@ -503,69 +510,123 @@ fn gated<T: Element>(x: &Tensor, y: &Tensor, gate: &Tensor) -> Result<Tensor> {
     Ok(out.tensor(x.shape()))
 }
 
-/// `x + gate · y` as [`gated_add`] has it, and its norm as [`layer_norm`] has it, modulated by `[scale, shift]`.
-pub(crate) fn gated_add_norm(
-    x: &Tensor,
-    y: &Tensor,
-    gate: &Tensor,
-    modulation: [&Tensor; 2],
-    eps: f64,
-) -> Result<(Tensor, Tensor)> {
-    by_dtype!(x, gated_normed(x, y, gate, modulation, eps))
+/// What a norm is taken of: `x`, or `x + gate · y` as [`gated_add`] has it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Normed<'a> {
+    pub(crate) x: &'a Tensor,
+    /// `y` and its gate.
+    pub(crate) gated: Option<(&'a Tensor, &'a Tensor)>,
+    /// Scale and shift, `[batch, width]` each.
+    pub(crate) modulation: [&'a Tensor; 2],
+    pub(crate) eps: f64,
 }
 
-fn gated_normed<T: Element>(
-    x: &Tensor,
-    y: &Tensor,
-    gate: &Tensor,
-    [scale, shift]: [&Tensor; 2],
-    eps: f64,
-) -> Result<(Tensor, Tensor)> {
-    let (batch, _, width) = x.dims3()?;
-    if y.dims() != x.dims() || [gate, scale, shift].iter().any(|t| t.dims() != [batch, width]) {
-        bail!("gated_add_norm: {:?}, {:?}, {:?}", x.dims(), y.dims(), gate.dims());
+impl Normed<'_> {
+    /// The sum, where there is one, and its norm, as [`layer_norm`] has it: as numbers or as the codes that are wanted.
+    pub(crate) fn run(&self, codes: Option<Codes>) -> Result<(Option<Tensor>, Input)> {
+        by_dtype!(self.x, normed_into(self, codes))
     }
-    let (lines, others) = (Lines::of(x)?, Lines::of(y)?);
-    let (gates, scales, shifts) = (PerItem::of(gate)?, PerItem::of(scale)?, PerItem::of(shift)?);
+}
+
+fn normed_into<T: Element>(
+    normed: &Normed<'_>,
+    codes: Option<Codes>,
+) -> Result<(Option<Tensor>, Input)> {
+    let &Normed { x, gated, modulation: [scale, shift], eps } = normed;
+    let (batch, _, width) = x.dims3()?;
+    let (y, gate) = gated.unzip();
+    let alike = y.is_none_or(|y| y.dims() == x.dims());
+    let per_item = [Some(scale), Some(shift), gate];
+    if !alike || per_item.into_iter().flatten().any(|t| t.dims() != [batch, width]) {
+        bail!("norm: {:?}, {:?}, {:?}", x.dims(), y.map(Tensor::dims), scale.dims());
+    }
+    let (lines, others) = (Lines::of(x)?, y.map(Lines::of).transpose()?);
+    let gates = gate.map(PerItem::of).transpose()?;
+    let (scales, shifts) = (PerItem::of(scale)?, PerItem::of(shift)?);
     let (rows, width) = (lines.rows(), lines.width);
-    let mut sum = Fresh::<T>::new(x, rows * width)?;
-    let mut normed = Fresh::<T>::new(x, rows * width)?;
-    if rows * width > 0 {
+    let len = rows * width;
+    if codes.is_some() && (!width.is_multiple_of(T::VECTOR) || T::DTYPE == DType::F32) {
+        bail!("norm: no codes of rows of {width} values in {:?}", T::DTYPE);
+    }
+    let Device::Cuda(device) = x.device() else {
+        bail!("nn: a kernel of the GPU was given a tensor of another device");
+    };
+    let mut sum = y.map(|_| Fresh::<T>::new(x, len)).transpose()?;
+    let mut numbers = match codes {
+        Some(_) => None,
+        None => Some(Fresh::<T>::new(x, len)?),
+    };
+    let mut coded = match codes {
+        // SAFETY: plain numbers, and the kernel below writes all of them.
+        Some(_) => Some(unsafe {
+            (device.alloc::<u8>(len as usize)?, device.alloc::<f32>(rows as usize)?)
+        }),
+        None => None,
+    };
+    if len > 0 {
         let inputs = [
             Some(&lines.tensor),
-            Some(&others.tensor),
-            Some(&gates.tensor),
+            others.as_ref().map(|lines| &lines.tensor),
+            gates.as_ref().map(|gates| &gates.tensor),
             Some(&scales.tensor),
             Some(&shifts.tensor),
         ];
         held_to::<T>(&inputs)?;
-        let argue = |at: &[u64], sum: u64, out: u64| GateNorm {
-            x: at[0],
-            y: at[1],
-            gate: at[2],
-            scale: at[3],
-            shift: at[4],
-            sum,
-            out,
-            rows,
-            tokens: lines.tokens,
-            width,
-            x_item: lines.item,
-            x_token: lines.token,
-            y_item: others.item,
-            y_token: others.token,
-            gate_item: gates.item,
-            scale_item: scales.item,
-            shift_item: shifts.item,
-            eps,
+        let (summed, made) = (sum.is_some(), coded.is_some());
+        let mut written: Vec<&mut dyn Written> = Vec::with_capacity(3);
+        written.extend(sum.iter_mut().map(|sum| sum as &mut dyn Written));
+        written.extend(numbers.iter_mut().map(|numbers| numbers as &mut dyn Written));
+        if let Some((codes, scales)) = &mut coded {
+            written.push(codes);
+            written.push(scales);
+        }
+        let argue = |at: &[u64], to: &[u64]| {
+            let first = usize::from(summed);
+            GateNorm {
+                x: at[0],
+                y: at[1],
+                gate: at[2],
+                scale: at[3],
+                shift: at[4],
+                sum: if summed { to[0] } else { 0 },
+                out: to[first],
+                row_scales: if made { to[first + 1] } else { 0 },
+                rows,
+                tokens: lines.tokens,
+                width,
+                x_item: lines.item,
+                x_token: lines.token,
+                y_item: others.as_ref().map_or(0, |lines| lines.item),
+                y_token: others.as_ref().map_or(0, |lines| lines.token),
+                gate_item: gates.as_ref().map_or(0, |gates| gates.item),
+                scale_item: scales.item,
+                shift_item: shifts.item,
+                eps,
+            }
         };
-        let (name, grid) =
-            (format!("gate_norm_{}", T::SUFFIX), Grid::of_rows(rows, width, T::VECTOR));
-        // SAFETY: `x` and `y` have `rows` rows of `width` values, the others one for each item; both outputs have as many rows
-        // side by side.
-        unsafe { sum.run_beside(&mut normed, &name, grid, &inputs, argue)? };
+        let name = match (summed, codes) {
+            (true, None) => format!("gate_norm_{}", T::SUFFIX),
+            (true, Some(of)) => format!("gate_norm_{of}_{}", T::SUFFIX),
+            (false, Some(of)) => format!("norm_{of}_{}", T::SUFFIX),
+            (false, None) => bail!("norm: numbers of a norm alone are another kernel's"),
+        };
+        let grid = Grid::of_rows(rows, width, T::VECTOR);
+        // SAFETY: `x` and `y` have `rows` rows of `width` values, the others one for each item; what is written has as many rows
+        // side by side, and a scale for each.
+        unsafe { run_into(device, &mut written, &name, grid, &inputs, argue)? };
     }
-    Ok((sum.tensor(x.shape()), normed.tensor(x.shape())))
+    let input = match (numbers, coded, codes) {
+        (Some(numbers), ..) => numbers.tensor(x.shape()).into(),
+        (None, Some((codes, scales)), Some(of)) => Input::Codes(CodedRows {
+            of,
+            codes: tensor_of(codes, device, (rows as usize, width as usize)),
+            scales: tensor_of(scales, device, (rows as usize, 1)),
+            dtype: T::DTYPE,
+            dims: x.dims().to_vec(),
+        }),
+        _ => bail!("norm: nothing was written"),
+    };
+    Ok((sum.map(|sum| sum.tensor(x.shape())), input))
 }
 
 /// `x + factor · y`, `y` broadcast to the shape of `x`; `None` for more than five axes.
@@ -640,18 +701,18 @@ fn activated<T: Element>(
 }
 
 /// gelu_tanh of a linear layer's output, within its product; `None` where that is no product with such an epilogue.
-pub(crate) fn gelu_of(linear: &Linear, x: &Tensor) -> Result<Option<Tensor>> {
+pub(crate) fn gelu_of(linear: &Linear, x: &Input) -> Result<Option<Tensor>> {
     by_dtype!(x, gelu_of_product(linear, x))
 }
 
-fn gelu_of_product<T: Element>(linear: &Linear, x: &Tensor) -> Result<Option<Tensor>> {
+fn gelu_of_product<T: Element>(linear: &Linear, x: &Input) -> Result<Option<Tensor>> {
     let mut dims = x.dims().to_vec();
-    let rows = x.elem_count() / linear.inputs().max(1);
+    let rows = dims.iter().product::<usize>() / linear.inputs().max(1);
     if dims.pop().is_none() || rows == 0 || linear.side().is_taken() {
         return Ok(None);
     }
     dims.push(linear.outputs());
-    let y = Fresh::<T>::new(x, (rows * linear.outputs()) as u64)?;
+    let y = Fresh::<T>::on(x.device(), (rows * linear.outputs()) as u64)?;
     // The product writes all of it; without it it is dropped.
     let y = y.tensor((rows, linear.outputs()));
     let done = linear.forward_into(x, Epilogue::GeluTanh, &y)?;
@@ -659,11 +720,11 @@ fn gelu_of_product<T: Element>(linear: &Linear, x: &Tensor) -> Result<Option<Ten
 }
 
 /// `[a, gelu_tanh(linear(x))]` along the last dimension, shapes as in [`join_gelu`](crate::nn::join_gelu).
-pub(crate) fn join_gelu_of(a: &Tensor, linear: &Linear, x: &Tensor) -> Result<Tensor> {
+pub(crate) fn join_gelu_of(a: &Tensor, linear: &Linear, x: &Input) -> Result<Tensor> {
     by_dtype!(a, joined_gelu_of(a, linear, x))
 }
 
-fn joined_gelu_of<T: Element>(a: &Tensor, linear: &Linear, x: &Tensor) -> Result<Tensor> {
+fn joined_gelu_of<T: Element>(a: &Tensor, linear: &Linear, x: &Input) -> Result<Tensor> {
     let ((batch, tokens, n), m) = (a.dims3()?, linear.outputs());
     let (rows, width) = (batch * tokens, n + m);
     if rows * n * m > 0 && !linear.side().is_taken() {
@@ -675,7 +736,7 @@ fn joined_gelu_of<T: Element>(a: &Tensor, linear: &Linear, x: &Tensor) -> Result
             return out.reshape((batch, tokens, width));
         }
     }
-    joined_gelu::<T>(a, &linear.forward(x)?)
+    joined_gelu::<T>(a, &linear.forward_input(x)?)
 }
 
 /// `[a, gelu_tanh(x)]` along the last dimension, of `[batch, tokens, …]` each.

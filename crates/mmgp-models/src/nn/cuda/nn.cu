@@ -15,6 +15,7 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 #include <cstdint>
 
 typedef uint32_t u32;
@@ -433,15 +434,17 @@ template <typename T> static __device__ __forceinline__ void gate(const Gate &p)
     whole ? gate<T, true>(p) : gate<T, false>(p);
 }
 
-// `sum = x + gate · y` as `gate` has it, and its LayerNorm times 1 + scale and plus shift, as `rows` has it.
+// The LayerNorm of rows of x, times 1 + scale and plus shift, as `rows` has it; where `y` is given, of `sum = x + gate · y` as
+// `gate` has it. As numbers, or as codes of a byte with a scale for each row.
 struct GateNorm {
     const void *x;
     const void *y;
     const void *gate;  // [items, width]
     const void *scale; // [items, width]
     const void *shift; // [items, width]
-    void *sum;         // contiguous
+    void *sum;         // contiguous, where y is given
     void *out;         // contiguous
+    float *row_scales; // [rows], where codes are written
     u64 rows;          // items · tokens
     u64 tokens;        // of an item
     u64 width;
@@ -455,7 +458,119 @@ struct GateNorm {
     double eps;
 };
 
-template <typename T, bool WHOLE>
+// The larger of two numbers; no number if either is none.
+static __device__ __forceinline__ float larger(float a, float b) {
+    float most;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(most) : "f"(a), "f"(b));
+    return most;
+}
+
+// The largest of the threads' `v`, as `over_row` has their sum.
+static __device__ __forceinline__ float largest_of_row(float v, float *shared) {
+    const u32 lanes = blockDim.x;
+    for (u32 step = (lanes < 32 ? lanes : 32) / 2; step > 0; step /= 2) {
+        v = larger(v, __shfl_xor_sync(0xffffffffu, v, step));
+    }
+    if (lanes > 32) {
+        __syncthreads();
+        if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = v;
+        __syncthreads();
+        for (u32 warp = 0; warp < lanes / 32; warp++) v = larger(v, shared[warp]);
+    }
+    return v;
+}
+
+// What rows are written as: numbers of their own dtype, or codes as `quantize` of w8a8.cu makes them, from two numbers that are at
+// most MOST, the first in the lower byte.
+struct Numbers {};
+struct Int8 {
+    static constexpr float MOST = 127.f;
+    static __device__ __forceinline__ u32 codes(float low, float high) {
+        return (__float2int_rn(low) & 255) | (__float2int_rn(high) & 255) << 8;
+    }
+};
+struct Fp8 {
+    static constexpr float MOST = 448.f;
+    static __device__ __forceinline__ u32 codes(float low, float high) {
+        return __nv_cvt_float2_to_fp8x2(make_float2(low, high), __NV_SATFINITE, __NV_E4M3);
+    }
+};
+
+// Writes rows that `made(vector, values)` gives vector by vector, each time the same.
+template <typename To, typename T, bool WHOLE> struct Sink {
+    template <typename Made>
+    static __device__ __forceinline__ void
+    put(const GateNorm &p, u32 at, bool live, const Row<T, WHOLE> &row, float *shared, Made made) {
+        constexpr u32 N = Vector<T>::N;
+        // Rows whose largest magnitude is below this count as zeros: its inverse must be finite.
+        constexpr float LEAST = 1e-30f;
+        float magnitude = 0.f;
+        row.each([&](u32 vector, const Vector<T> &of) {
+            const Vector<T> y = made(vector, of);
+#pragma unroll
+            for (u32 i = 0; i < N; i++) magnitude = larger(magnitude, fabsf(wide(y.v[i])));
+        });
+        magnitude = largest_of_row(magnitude, shared);
+        const bool finite = magnitude < INFINITY; // no NaN either
+        const bool some = finite && magnitude >= LEAST;
+        const float inverse = __fdiv_rn(To::MOST, magnitude);
+        if (live && threadIdx.x == 0) {
+            p.row_scales[at] = some ? __fdiv_rn(magnitude, To::MOST) : finite ? 0.f : NAN;
+        }
+        // The host promises whole vectors, and codes that begin where eight of them may.
+        u32 *to = reinterpret_cast<u32 *>(static_cast<uint8_t *>(p.out) + (u64)at * (u32)p.width);
+        row.each([&](u32 vector, const Vector<T> &of) {
+            const Vector<T> y = made(vector, of);
+            u32 words[N / 4] = {};
+#pragma unroll
+            for (u32 i = 0; i < N / 2; i++) {
+                const float low = __fmul_rn(wide(y.v[2 * i]), inverse);
+                const float high = __fmul_rn(wide(y.v[2 * i + 1]), inverse);
+                if (some) words[i / 2] |= To::codes(low, high) << (i % 2 * 16);
+            }
+#pragma unroll
+            for (u32 i = 0; i < N / 4; i++) to[vector * (N / 4) + i] = words[i];
+        });
+    }
+};
+
+template <typename T, bool WHOLE> struct Sink<Numbers, T, WHOLE> {
+    template <typename Made>
+    static __device__ __forceinline__ void
+    put(const GateNorm &p, u32 at, bool, const Row<T, WHOLE> &row, float *, Made made) {
+        T *out = static_cast<T *>(p.out) + (u64)at * (u32)p.width;
+        row.each([&](u32 vector, const Vector<T> &of) {
+            store<WHOLE>(out + vector * Vector<T>::N, made(vector, of), row.have(vector));
+        });
+    }
+};
+
+template <typename T, typename To, bool WHOLE>
+static __device__ __forceinline__ void norm_into(
+    const GateNorm &p, u32 at, bool live, const Row<T, WHOLE> &row, float *shared
+) {
+    constexpr u32 N = Vector<T>::N;
+    const u32 width = (u32)p.width, item = at / (u32)p.tokens;
+    const T *scale = static_cast<const T *>(p.scale) + item * p.scale_item;
+    const T *shift = static_cast<const T *>(p.shift) + item * p.shift_item;
+    const float mean = row.sum(shared) / (float)width;
+    const float variance = row.squares(mean, shared) / (float)width;
+    const float inverse = 1.f / sqrtf(__fadd_rn(variance, (float)p.eps));
+    Sink<To, T, WHOLE>::put(p, at, live, row, shared, [&](u32 vector, const Vector<T> &of) {
+        const u32 first = vector * N, have = row.have(vector);
+        const Vector<T> s = load<WHOLE>(scale + first, have);
+        const Vector<T> t = load<WHOLE>(shift + first, have);
+        Vector<T> to;
+#pragma unroll
+        for (u32 i = 0; i < N; i++) {
+            const float v = __fmul_rn(__fsub_rn(wide(of.v[i]), mean), inverse);
+            to.v[i] = rounded<T>(fmaf(v, __fadd_rn(1.f, wide(s.v[i])), wide(t.v[i])));
+        }
+        return to;
+    });
+}
+
+template <typename T, typename To, bool GATED, bool WHOLE>
 static __device__ __forceinline__ void gate_norm(const GateNorm &p, float *shared) {
     constexpr u32 N = Vector<T>::N;
     const u32 count = (u32)p.rows, width = (u32)p.width, tokens = (u32)p.tokens;
@@ -465,10 +580,12 @@ static __device__ __forceinline__ void gate_norm(const GateNorm &p, float *share
         const u32 at = live ? (u32)base + threadIdx.y : 0;
         const u32 item = at / tokens, token = at % tokens;
         const T *x = static_cast<const T *>(p.x) + item * p.x_item + token * p.x_token;
+        if (!GATED) {
+            norm_into<T, To>(p, at, live, Row<T, WHOLE>(x, width, live), shared);
+            continue;
+        }
         const T *y = static_cast<const T *>(p.y) + item * p.y_item + token * p.y_token;
         const T *g = static_cast<const T *>(p.gate) + item * p.gate_item;
-        const T *scale = static_cast<const T *>(p.scale) + item * p.scale_item;
-        const T *shift = static_cast<const T *>(p.shift) + item * p.shift_item;
         const Row<T, WHOLE> row(
             static_cast<T *>(p.sum) + (u64)at * width, width, live,
             [&](u32 vector, u32 have) {
@@ -485,32 +602,18 @@ static __device__ __forceinline__ void gate_norm(const GateNorm &p, float *share
                 return to;
             }
         );
-        const float mean = row.sum(shared) / (float)width;
-        const float variance = row.squares(mean, shared) / (float)width;
-        const float inverse = 1.f / sqrtf(__fadd_rn(variance, (float)p.eps));
-        T *out = static_cast<T *>(p.out) + (u64)at * width;
-        row.each([&](u32 vector, const Vector<T> &of) {
-            const u32 first = vector * N, have = row.have(vector);
-            const Vector<T> s = load<WHOLE>(scale + first, have);
-            const Vector<T> t = load<WHOLE>(shift + first, have);
-            Vector<T> to;
-#pragma unroll
-            for (u32 i = 0; i < N; i++) {
-                const float v = __fmul_rn(__fsub_rn(wide(of.v[i]), mean), inverse);
-                to.v[i] = rounded<T>(fmaf(v, __fadd_rn(1.f, wide(s.v[i])), wide(t.v[i])));
-            }
-            store<WHOLE>(out + first, to, have);
-        });
+        norm_into<T, To>(p, at, live, row, shared);
     }
 }
 
-template <typename T> static __device__ __forceinline__ void gate_norm(const GateNorm &p) {
+template <typename T, typename To, bool GATED>
+static __device__ __forceinline__ void gate_norm(const GateNorm &p) {
     __shared__ float shared[32];
     const bool whole =
         multiples(16, p.x, p.y, p.gate, p.scale, p.shift, p.sum, p.out) &&
         multiples(Vector<T>::N, p.width, p.x_item, p.x_token, p.y_item, p.y_token, p.gate_item) &&
         multiples(Vector<T>::N, p.scale_item, p.shift_item);
-    whole ? gate_norm<T, true>(p, shared) : gate_norm<T, false>(p, shared);
+    whole ? gate_norm<T, To, GATED, true>(p, shared) : gate_norm<T, To, GATED, false>(p, shared);
 }
 
 // `out = x + factor · y`, both operations rounded in f32; `x` and `out` are contiguous.
@@ -883,7 +986,7 @@ template <typename T> static __device__ __forceinline__ void channels_first(cons
     KERNEL(rows_layer_##SUFFIX, 3, Rows, rows<T, LAYER>)                                           \
     KERNEL(turn_##SUFFIX, 4, Turn, turn<T>)                                                        \
     KERNEL(gate_##SUFFIX, 4, Gate, gate<T>)                                                        \
-    KERNEL(gate_norm_##SUFFIX, 3, GateNorm, gate_norm<T>)                                          \
+    KERNEL(gate_norm_##SUFFIX, 3, GateNorm, gate_norm<T, Numbers, true>)                           \
     KERNEL(add_##SUFFIX, 4, Add, add<T>)                                                           \
     KERNEL(copy_##SUFFIX, 4, Activate, activate<T, COPY>)                                          \
     KERNEL(relu_##SUFFIX, 4, Activate, activate<T, RELU>)                                          \
@@ -898,6 +1001,15 @@ template <typename T> static __device__ __forceinline__ void channels_first(cons
     KERNEL(channels_last_##SUFFIX, 4, Pixels, channels_last<T>)                                    \
     KERNEL(channels_first_##SUFFIX, 4, Pixels, channels_first<T>)
 
+// What quantized products read is of 16 bits.
+#define CODED(T, SUFFIX)                                                                           \
+    KERNEL(norm_int8_##SUFFIX, 3, GateNorm, gate_norm<T, Int8, false>)                             \
+    KERNEL(norm_fp8_##SUFFIX, 3, GateNorm, gate_norm<T, Fp8, false>)                               \
+    KERNEL(gate_norm_int8_##SUFFIX, 3, GateNorm, gate_norm<T, Int8, true>)                         \
+    KERNEL(gate_norm_fp8_##SUFFIX, 3, GateNorm, gate_norm<T, Fp8, true>)
+
 KERNELS(__nv_bfloat16, bf16)
 KERNELS(__half, f16)
 KERNELS(float, f32)
+CODED(__nv_bfloat16, bf16)
+CODED(__half, f16)

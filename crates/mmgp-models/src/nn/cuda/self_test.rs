@@ -7,7 +7,7 @@
 //! begin at no multiple of 16 bytes must give the same bits as those that do.
 
 use candle_core::{CudaDevice, D, DType, Device, Tensor};
-use mmgp_quant::{Error, MemorySource, Result, Weights};
+use mmgp_quant::{Codes, Error, Input, MemorySource, Result, Weights};
 
 use super::{GroupNorm, convolution::convolve};
 use crate::nn::{self, Activation, Conv2d, HeadRows, Heads, LayerNorm, RmsNorm, Rope, Window};
@@ -407,7 +407,7 @@ impl On<'_> {
         Ok(())
     }
 
-    /// As a sum and its norm have it, each to the bit.
+    /// As a sum and its norm have it, each to the bit; and as the codes that become of those.
     fn gated_norms(&self) -> Result<()> {
         for width in WIDTHS {
             let tokens = if width < 1000 { 37 } else { 3 };
@@ -425,18 +425,68 @@ impl On<'_> {
             self.check("gate_norm", Within::Rounding, &want, |put| {
                 let (own, gate, scale, shift) = parts(&put.tensor(&y)?, &put.tensor(&rows)?)?;
                 let x = put.tensor(&x)?;
-                let (added, normed) =
-                    super::gated_add_norm(&x, &own, &gate, [&scale, &shift], EPS)?;
+                let modulation = [&scale, &shift];
+                let gated =
+                    super::Normed { x: &x, gated: Some((&own, &gate)), modulation, eps: EPS };
+                let (added, normed) = gated.run(None)?;
                 let apart = super::gated_add(&x, &own, &gate)?;
+                let added = added.ok_or_else(|| Error::Invalid("there is no sum".into()))?;
                 let (one, other) = (back(&apart)?, back(&added)?);
                 self.compare("gate_norm", &x, &one, &other, Within::Bits)?;
-                let apart = super::layer_norm(&apart, None, Some((&scale, &shift)), EPS)?;
-                let (one, other) = (back(&apart)?, back(&normed)?);
+                let normed = normed.numbers()?;
+                let alone = super::layer_norm(&apart, None, Some((&scale, &shift)), EPS)?;
+                let (one, other) = (back(&alone)?, back(&normed)?);
                 self.compare("gate_norm", &x, &one, &other, Within::Bits)?;
+                if width.is_multiple_of(8) && self.dtype != DType::F32 {
+                    for of in [Codes::Int8, Codes::Fp8] {
+                        let (again, codes) = gated.run(Some(of))?;
+                        let again =
+                            again.ok_or_else(|| Error::Invalid("there is no sum".into()))?;
+                        self.compare(
+                            "gate_norm",
+                            &x,
+                            &back(&added)?,
+                            &back(&again)?,
+                            Within::Bits,
+                        )?;
+                        self.coded(&format!("gate_norm_{of}"), &other, width, &codes)?;
+                        let plain = super::Normed { x: &apart, gated: None, ..gated };
+                        self.coded(&format!("norm_{of}"), &other, width, &plain.run(Some(of))?.1)?;
+                    }
+                }
                 Ok(normed)
             })?;
         }
         Ok(())
+    }
+
+    /// Holds codes and scales to what becomes of `numbers`, rows of `width`.
+    fn coded(&self, kernel: &str, numbers: &[f32], width: usize, found: &Input) -> Result<()> {
+        let Input::Codes(found) = found else {
+            return Err(Error::Invalid(format!("{kernel} made no codes")));
+        };
+        let most = if found.of == Codes::Int8 { 127. } else { 448. };
+        let (mut codes, mut scales) = (Vec::new(), Vec::new());
+        for row in numbers.chunks_exact(width) {
+            let largest = row.iter().fold(0f32, |most, y| most.max(y.abs()));
+            scales.push(largest / most);
+            let inverse = most / largest;
+            codes.extend(row.iter().map(|y| match found.of {
+                Codes::Int8 => (y * inverse).round_ties_even() as i8 as u8,
+                Codes::Fp8 => mmgp_quant::to_e4m3(y * inverse),
+            }));
+        }
+        let there = found.codes.to_device(&Device::Cpu)?.flatten_all()?.to_vec1::<u8>()?;
+        let numbers = |codes: &[u8]| codes.iter().map(|&code| f32::from(code)).collect::<Vec<_>>();
+        let shape = &found.codes;
+        self.bits(kernel, shape, &numbers(&codes), &numbers(&there))?;
+        let there = found.scales.to_device(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>()?;
+        self.bits(kernel, &found.scales, &scales, &there)
+    }
+
+    /// Holds f32 numbers to others.
+    fn bits(&self, kernel: &str, shape: &Tensor, expected: &[f32], found: &[f32]) -> Result<()> {
+        On { dtype: DType::F32, ..*self }.compare(kernel, shape, expected, found, Within::Bits)
     }
 
     fn activations(&self) -> Result<()> {

@@ -72,9 +72,9 @@ argument! {
 }
 
 argument! {
-    /// `x + gate · y`, and its norm.
+    /// The norm of rows, or of `x + gate · y`.
     GateNorm {
-        x: u64, y: u64, gate: u64, scale: u64, shift: u64, sum: u64, out: u64,
+        x: u64, y: u64, gate: u64, scale: u64, shift: u64, sum: u64, out: u64, row_scales: u64,
         rows: u64, tokens: u64, width: u64, x_item: u64, x_token: u64, y_item: u64, y_token: u64,
         gate_item: u64, scale_item: u64, shift_item: u64, eps: f64,
     }

@@ -27,12 +27,13 @@ use half::{bf16, f16};
 
 use super::{
     NULL,
+    operand::{self, Operand, reads_codes},
     output::{fresh, into},
     product::{self, Half, address, aligned},
     short,
     w8a8::{Addresses, LONGEST, MOST_INPUTS, Shape, quantize},
 };
-use crate::{Codes, Epilogue};
+use crate::{Codes, Epilogue, Input};
 
 /// Contexts whose GPU was seen to multiply in fp8. Contexts of devices live as long as the process once a kernel was
 /// loaded into them.
@@ -91,13 +92,26 @@ pub fn fp8_product(
     scales: Option<&Tensor>,
     bias: Option<&Tensor>,
 ) -> Result<Option<Tensor>> {
-    fresh(x, codes.dim(0)?, |y| fp8_product_into(x, codes, scales, bias, (Epilogue::None, y)))
+    fp8_product_of(&x.into(), codes, scales, bias)
 }
 
-/// [`fp8_product`] with an epilogue into `y`, as [`into`] takes it; `false`, with `y` as it was, for what that answers with
+/// [`fp8_product`] of rows that are numbers or codes already.
+pub(crate) fn fp8_product_of(
+    x: &Input,
+    codes: &Tensor,
+    scales: Option<&Tensor>,
+    bias: Option<&Tensor>,
+) -> Result<Option<Tensor>> {
+    let shape = (operand::shape(x, Codes::Fp8)?.0, codes.dim(0)?);
+    fresh(x.device(), x.dtype(), shape, |y| {
+        fp8_product_into(x, codes, scales, bias, (Epilogue::None, y))
+    })
+}
+
+/// [`fp8_product_of`] with an epilogue into `y`, as [`into`] takes it; `false`, with `y` as it was, for what that answers with
 /// `None`, and where [`into`] says so.
 pub(crate) fn fp8_product_into(
-    x: &Tensor,
+    x: &Input,
     codes: &Tensor,
     scales: Option<&Tensor>,
     bias: Option<&Tensor>,
@@ -114,14 +128,19 @@ pub(crate) fn fp8_product_into(
     }
 }
 
+/// Whether [`fp8_product_into`] takes rows like `x` as codes, for a weight of these dimensions, on GPUs that multiply such.
+pub(crate) fn fp8_reads_codes(x: &Input, weight: &[usize]) -> bool {
+    weight.first().is_some_and(|outputs| outputs.is_multiple_of(16)) && reads_codes(x, weight)
+}
+
 fn run<T: Half, S: CudaDType + DeviceRepr + 'static>(
-    x: &Tensor,
+    x: &Input,
     codes: &Tensor,
     scales: Option<&Tensor>,
     bias: Option<&Tensor>,
     (epilogue, y): (Epilogue, &Tensor),
 ) -> Result<bool> {
-    let ((rows, inputs), (outputs, width)) = (x.dims2()?, codes.dims2()?);
+    let ((rows, inputs), (outputs, width)) = (operand::shape(x, Codes::Fp8)?, codes.dims2()?);
     let fits = bias.is_none_or(|bias| bias.dims() == [outputs] && bias.dtype() == x.dtype());
     let fits = fits && y.dims() == [rows, outputs];
     if width != inputs || scales.is_some_and(|s| s.elem_count() != outputs) || !fits {
@@ -147,7 +166,7 @@ fn run<T: Half, S: CudaDType + DeviceRepr + 'static>(
         return Ok(false);
     }
     let (dtype, stored) = (x.dtype(), scales.map_or(DType::F32, Tensor::dtype));
-    let (x, codes) = (aligned::<T>(x, device)?, aligned::<u8>(codes, device)?);
+    let (x, codes) = (Operand::of::<T>(x, device)?, aligned::<u8>(codes, device)?);
     let bias = bias.map(|bias| aligned::<T>(bias, device)).transpose()?;
     into::<T>(device, y, |y| {
         let stream = device.cuda_stream();
@@ -156,12 +175,14 @@ fn run<T: Half, S: CudaDType + DeviceRepr + 'static>(
         if !product::offers(&stream, planned)? {
             return Ok(false);
         }
-        let mut made = Quantized::alloc(device, of)?;
+        // SAFETY: plain numbers, and a kernel writes each before another reads it.
+        let mut wide = unsafe { device.alloc::<f32>(outputs)? };
+        let mut room = x.room(device, rows, inputs)?;
         // All stay locked until the product is queued.
-        let (x, codes) = (x.storage_and_layout(), codes.storage_and_layout());
+        let (locked, codes) = (x.locked(), codes.storage_and_layout());
         let (scales, bias) =
             (scales.map(Tensor::storage_and_layout), bias.as_ref().map(Tensor::storage_and_layout));
-        let (x, _x) = address::<T>(&x.0, x.1, &stream)?;
+        let x = locked.at::<T>(&mut room, &stream)?;
         let (w, _w) = address::<u8>(&codes.0, codes.1, &stream)?;
         let (scales, _scales) = match &scales {
             Some(scales) => Some(address::<S>(&scales.0, scales.1, &stream)?).unzip(),
@@ -171,9 +192,8 @@ fn run<T: Half, S: CudaDType + DeviceRepr + 'static>(
             Some(bias) => Some(address::<T>(&bias.0, bias.1, &stream)?).unzip(),
             None => (None, None),
         };
-        let (of_x, _of_x) = made.codes.device_ptr_mut(&stream);
-        let (wide, _wide) = made.wide.device_ptr_mut(&stream);
-        let (of_rows, _of_rows) = made.row_scales.device_ptr_mut(&stream);
+        let (wide, _wide) = wide.device_ptr_mut(&stream);
+        let (of_x, of_rows) = (x.codes, x.scales);
         let y_row = y.row;
         let y = y.address;
         let shape = Shape { rows, outputs, inputs, dtype, epilogue, y_row };
@@ -183,7 +203,8 @@ fn run<T: Half, S: CudaDType + DeviceRepr + 'static>(
         // `shape` says, which are those of the plan. All lie on `stream`'s device and are ordered by it; the buffers overlap
         // nothing.
         unsafe {
-            quantize(device, Codes::Fp8, shape, (x, scales.unwrap_or(NULL), stored), &at)?;
+            let read = (x.numbers, scales.unwrap_or(NULL), stored);
+            quantize(device, Codes::Fp8, shape, read, &at)?;
             product::run(device, &stream, planned, &multiplied, (1., 0.))
         }
     })

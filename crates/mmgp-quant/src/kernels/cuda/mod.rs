@@ -9,6 +9,7 @@ mod fp8;
 #[cfg(w8a8_sm90)]
 mod hopper;
 mod image;
+mod operand;
 mod output;
 mod product;
 mod w8a8;
@@ -33,9 +34,10 @@ pub use self::{
     w8a8::{Int8Kernel, w8a8, w8a8_by},
 };
 pub(crate) use self::{
-    fp8::{fp8_name, fp8_product_into, quantized_to_fp8},
+    fp8::{fp8_name, fp8_product_into, fp8_product_of, fp8_reads_codes, quantized_to_fp8},
+    operand::reads_codes,
     product::{add_product, product, product_into},
-    w8a8::{quantize_name, w8a8_into, w8a8_name},
+    w8a8::{quantize_name, w8a8_into, w8a8_name, w8a8_of},
 };
 
 /// Machine code and PTX of `int8.cu`.

@@ -19,27 +19,28 @@ pub(super) struct Output {
     pub(super) row: usize,
 }
 
-/// What `write` makes of a fresh `[rows of x, outputs]` in the dtype of `x`, all of which it writes if it answers `true`;
-/// `None` if it does not, for other dtypes than bf16 and f16, and for an `x` without rows or a product without outputs.
+/// What `write` makes of a fresh `[rows, outputs]` in `dtype`, all of which it writes if it answers `true`; `None` if it does not,
+/// for other dtypes than bf16 and f16, and for no rows or no outputs.
 pub(super) fn fresh(
-    x: &Tensor,
-    outputs: usize,
+    device: &Device,
+    dtype: DType,
+    (rows, outputs): (usize, usize),
     write: impl FnOnce(&Tensor) -> Result<bool>,
 ) -> Result<Option<Tensor>> {
-    let Device::Cuda(device) = x.device() else {
+    let Device::Cuda(device) = device else {
         bail!("linear: a product of the GPU was given a tensor of another device");
     };
-    let shape = (x.dim(0)?, outputs);
-    let Some(len) = shape.0.checked_mul(outputs).filter(|&len| len > 0) else { return Ok(None) };
+    let Some(len) = rows.checked_mul(outputs).filter(|&len| len > 0) else { return Ok(None) };
     // SAFETY: plain numbers, and `write` writes all of them; without it they are dropped.
     let storage = unsafe {
-        match x.dtype() {
+        match dtype {
             DType::BF16 => CudaStorage::wrap_cuda_slice(device.alloc::<bf16>(len)?, device.clone()),
             DType::F16 => CudaStorage::wrap_cuda_slice(device.alloc::<f16>(len)?, device.clone()),
             _ => return Ok(None),
         }
     };
-    let y = Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false);
+    let storage = Storage::Cuda(storage);
+    let y = Tensor::from_storage(storage, (rows, outputs), BackpropOp::none(), false);
     Ok(write(&y)?.then_some(y))
 }
 

@@ -57,7 +57,8 @@ pub(super) const ALIGNED: u32 = 16;
 /// `[outputs]` are contiguous, of one dtype and on one device. `None` for other dtypes than bf16 and f16, for empty
 /// tensors and for shapes that the library offers nothing for.
 pub(crate) fn product(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Option<Tensor>> {
-    fresh(x, w.dim(0)?, |y| product_into(x, w, bias, Epilogue::None, y))
+    let shape = (x.dim(0)?, w.dim(0)?);
+    fresh(x.device(), x.dtype(), shape, |y| product_into(x, w, bias, Epilogue::None, y))
 }
 
 /// The same with an epilogue into `y`, as [`into`] takes it; `false`, with `y` as it was, for what [`product`] answers

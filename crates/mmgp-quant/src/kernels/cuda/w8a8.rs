@@ -15,12 +15,13 @@ use candle_core::{
 use half::{bf16, f16};
 
 use super::{
-    KernelImage, infix,
+    KernelImage, NULL, infix,
+    operand::{self, Operand},
     output::{fresh, into},
     product::{Half, address, aligned},
     short,
 };
-use crate::{Codes, Epilogue};
+use crate::{Codes, Epilogue, Input};
 
 /// Machine code and PTX of `w8a8.cu`.
 pub(super) static KERNELS: KernelImage =
@@ -75,13 +76,27 @@ pub fn w8a8_by(
     bias: Option<&Tensor>,
     kernel: Int8Kernel,
 ) -> Result<Option<Tensor>> {
-    fresh(x, codes.dim(0)?, |y| w8a8_into(x, codes, scales, bias, (Epilogue::None, y), kernel))
+    w8a8_of(&x.into(), codes, scales, bias, kernel)
 }
 
-/// [`w8a8_by`] with an epilogue into `y`, as [`into`] takes it; `false`, with `y` as it was, for what that answers with
+/// [`w8a8_by`] of rows that are numbers or codes already.
+pub(crate) fn w8a8_of(
+    x: &Input,
+    codes: &Tensor,
+    scales: &Tensor,
+    bias: Option<&Tensor>,
+    kernel: Int8Kernel,
+) -> Result<Option<Tensor>> {
+    let shape = (operand::shape(x, Codes::Int8)?.0, codes.dim(0)?);
+    fresh(x.device(), x.dtype(), shape, |y| {
+        w8a8_into(x, codes, scales, bias, (Epilogue::None, y), kernel)
+    })
+}
+
+/// [`w8a8_of`] with an epilogue into `y`, as [`into`] takes it; `false`, with `y` as it was, for what that answers with
 /// `None`, and where [`into`] says so.
 pub(crate) fn w8a8_into(
-    x: &Tensor,
+    x: &Input,
     codes: &Tensor,
     scales: &Tensor,
     bias: Option<&Tensor>,
@@ -114,14 +129,14 @@ pub(crate) fn w8a8_name(dtype: DType, epilogue: Epilogue) -> Result<String> {
 }
 
 fn run<T: Half, S: CudaDType + DeviceRepr + 'static>(
-    x: &Tensor,
+    x: &Input,
     codes: &Tensor,
     scales: &Tensor,
     bias: Option<&Tensor>,
     (epilogue, y): (Epilogue, &Tensor),
     kernel: Int8Kernel,
 ) -> Result<bool> {
-    let ((rows, inputs), (outputs, width)) = (x.dims2()?, codes.dims2()?);
+    let ((rows, inputs), (outputs, width)) = (operand::shape(x, Codes::Int8)?, codes.dims2()?);
     let fits = bias.is_none_or(|bias| bias.dims() == [outputs] && bias.dtype() == x.dtype());
     let fits = fits && y.dims() == [rows, outputs];
     if width != inputs || scales.elem_count() != outputs || !fits {
@@ -144,42 +159,35 @@ fn run<T: Half, S: CudaDType + DeviceRepr + 'static>(
         return Ok(false);
     }
     let (dtype, stored) = (x.dtype(), scales.dtype());
-    let (x, codes) = (aligned::<T>(x, device)?, aligned::<u8>(codes, device)?);
+    let (x, codes) = (Operand::of::<T>(x, device)?, aligned::<u8>(codes, device)?);
     let bias = bias.map(|bias| aligned::<T>(bias, device)).transpose()?;
     into::<T>(device, y, |y| {
         if y.row > LONGEST {
             return Ok(false);
         }
         let stream = device.cuda_stream();
-        // SAFETY: all are plain numbers, and kernels write each before another reads it.
-        let (mut quantized, mut wide, mut row_scales) = unsafe {
-            (
-                device.alloc::<u8>(rows * inputs)?,
-                device.alloc::<f32>(outputs)?,
-                device.alloc::<f32>(rows)?,
-            )
-        };
+        // SAFETY: plain numbers, and a kernel writes each before another reads it.
+        let mut wide = unsafe { device.alloc::<f32>(outputs)? };
+        let mut room = x.room(device, rows, inputs)?;
         // All stay locked until the product is queued.
-        let (x, codes) = (x.storage_and_layout(), codes.storage_and_layout());
+        let (locked, codes) = (x.locked(), codes.storage_and_layout());
         let (scales, bias) =
             (scales.storage_and_layout(), bias.as_ref().map(Tensor::storage_and_layout));
-        let (x, _x) = address::<T>(&x.0, x.1, &stream)?;
+        let x = locked.at::<T>(&mut room, &stream)?;
         let (w, _w) = address::<u8>(&codes.0, codes.1, &stream)?;
         let (scales, _scales) = address::<S>(&scales.0, scales.1, &stream)?;
         let (bias, _bias) = match &bias {
             Some(bias) => Some(address::<T>(&bias.0, bias.1, &stream)?).unzip(),
             None => (None, None),
         };
-        let (quantized, _quantized) = quantized.device_ptr_mut(&stream);
         let (wide, _wide) = wide.device_ptr_mut(&stream);
-        let (row_scales, _row_scales) = row_scales.device_ptr_mut(&stream);
         let shape = Shape { rows, outputs, inputs, dtype, epilogue, y_row: y.row };
         let at =
-            Addresses { x: quantized, x_scales: row_scales, w, w_scales: wide, bias, y: y.address };
-        // SAFETY: `address` and `into` held the operands to their memory, and they and the three buffers have the lengths
+            Addresses { x: x.codes, x_scales: x.scales, w, w_scales: wide, bias, y: y.address };
+        // SAFETY: `address` and `into` held the operands to their memory, and they and the buffers have the lengths
         // that `shape` says. All lie on `stream`'s device and are ordered by it; the buffers overlap nothing.
         unsafe {
-            quantize(device, Codes::Int8, shape, (x, scales, stored), &at)?;
+            quantize(device, Codes::Int8, shape, (x.numbers, scales, stored), &at)?;
             let done = kernel == Int8Kernel::Fastest && multiply_on_hopper(device, shape, &at)?;
             if !done {
                 multiply(device, shape, &at)?;
@@ -212,7 +220,7 @@ pub(super) struct Addresses {
     pub(super) y: u64,
 }
 
-/// Queues the quantization of rows, and the widening of the weight's scales.
+/// Queues the quantization of rows, unless `x` is null, and the widening of the weight's scales.
 ///
 /// # Safety
 /// `x` has `rows · inputs` values of the shape's dtype and begins at a multiple of 16 bytes, `scales` has `outputs`
@@ -226,6 +234,7 @@ pub(super) unsafe fn quantize(
     at: &Addresses,
 ) -> Result<()> {
     let kernel = KERNELS.function(device, &quantize_name(to, dtype, stored)?)?;
+    let rows = if x == NULL { 0 } else { rows };
     let threads = inputs.div_ceil(KEPT).next_multiple_of(32).min(1024);
     let blocks = rows + outputs.div_ceil(threads);
     let config = LaunchConfig {
