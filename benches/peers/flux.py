@@ -113,7 +113,7 @@ class Bench:
         ids[..., 2] += torch.arange(args.image // rows)[None, :]
 
         def noise(*shape):
-            return torch.randn(*shape, generator=generator).to(**there)
+            return torch.randn(*shape, generator=generator, device="cpu").to(**there)
 
         return {
             "hidden_states": noise(1, args.image, config["in_channels"]),

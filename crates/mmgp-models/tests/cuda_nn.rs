@@ -270,21 +270,22 @@ fn cuda_gelu_of_a_layer_is_near_the_cpu() {
             let want = before.gelu().unwrap();
             let beside = joined.narrow(2, own, outputs).unwrap();
             assert_eq!(values(&joined.narrow(2, 0, own).unwrap()), values(&a));
-            assert_eq!(values(&beside), values(&alone), "{tokens} of {inputs}, {dtype:?}");
             let rounding = match dtype {
                 DType::BF16 => 2f32.powi(-8),
                 DType::F16 => 2f32.powi(-11),
                 _ => 2f32.powi(-20),
             };
             let card = if dtype == DType::F32 { 0. } else { 2f32.powi(-10) };
+            // The library may take another algorithm where rows lie further apart.
             let mut most = 0f32;
-            for ((got, want), before) in
-                values(&alone).into_iter().zip(values(&want)).zip(values(&before))
-            {
-                let allowed = 2.2 * rounding * before.abs() + card * before.abs() + 1e-5;
-                let error = (got - want).abs();
-                most = most.max(error);
-                assert!(error <= allowed, "{tokens} of {inputs}, {dtype:?}: {got} for {want}");
+            for found in [&alone, &beside] {
+                let wanted = values(&want).into_iter().zip(values(&before));
+                for (got, (want, before)) in values(found).into_iter().zip(wanted) {
+                    let allowed = (2.2 * rounding + card) * before.abs() + 1e-5;
+                    let error = (got - want).abs();
+                    most = most.max(error);
+                    assert!(error <= allowed, "{tokens} of {inputs}, {dtype:?}: {got} for {want}");
+                }
             }
             println!("GELU of [{tokens}, {inputs}] to {outputs}, {dtype:?}: off by {most:.1e}");
         }

@@ -188,7 +188,6 @@ const ACTIVATED: [Activated; 4] = [
 
 /// GELU by tanh of what a product is nearly, and how far one in `dtype` may be from it: its slope is at most 1.13, and the
 /// library's tanh is the card's, off by 2^-10.
-#[cfg(feature = "cuda")]
 fn activated(expected: &mut [(f32, f32)], dtype: DType) {
     let step = if dtype == DType::BF16 { 2f32.powi(-8) } else { 2f32.powi(-11) };
     for (value, allowed) in expected {
@@ -430,6 +429,30 @@ mod tests {
         let sums: Vec<f32> = (0..6).map(|at| sum(at).to_f32()).collect();
         biased(&mut y, &bias, DType::F16);
         assert_eq!(y, sums);
+    }
+
+    #[test]
+    fn what_is_activated_is_gelu_with_room_for_what_was_near() {
+        let sums: Vec<f32> = (-40..40).map(|i| i as f32 / 8.).collect();
+        let mut expected: Vec<(f32, f32)> = sums.iter().map(|&v| (v, 0.01)).collect();
+        activated(&mut expected, DType::BF16);
+        let device = candle_core::Device::Cpu;
+        let gelu = candle_core::Tensor::new(sums.as_slice(), &device).unwrap().gelu().unwrap();
+        for ((want, allowed), gelu) in expected.iter().zip(gelu.to_vec1::<f32>().unwrap()) {
+            assert!((want - gelu).abs() < 1e-5 && *allowed > 0.011, "{want} {gelu}");
+        }
+        // Columns are within their rows, some behind and some before others, and all.
+        let place = |of: &dyn Fn(usize, usize, usize) -> bool| {
+            ACTIVATED.iter().any(|&Activated { y: (width, first, outputs), .. }| {
+                assert!(first + outputs <= width);
+                of(width, first, outputs)
+            })
+        };
+        assert!(place(&|width, first, outputs| first > 0 && first + outputs < width));
+        assert!(place(&|width, first, outputs| first > 0 && first + outputs == width));
+        assert!(place(&|width, first, outputs| (first, outputs) == (0, width)));
+        assert!(ACTIVATED.iter().any(|a| a.rows == 1) && ACTIVATED.iter().any(|a| a.rows > 256));
+        assert!(ACTIVATED.iter().all(|a| a.inputs.is_multiple_of(16)), "what int8 multiplies");
     }
 
     #[test]
