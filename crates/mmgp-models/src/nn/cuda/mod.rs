@@ -556,13 +556,13 @@ fn normed_into<T: Element>(
         Some(_) => None,
         None => Some(Fresh::<T>::new(x, len)?),
     };
-    let mut coded = match codes {
+    let mut coded = None;
+    if codes.is_some() {
         // SAFETY: plain numbers, and the kernel below writes all of them.
-        Some(_) => Some(unsafe {
-            (device.alloc::<u8>(len as usize)?, device.alloc::<f32>(rows as usize)?)
-        }),
-        None => None,
-    };
+        let room =
+            unsafe { (device.alloc::<u8>(len as usize)?, device.alloc::<f32>(rows as usize)?) };
+        coded = Some(room);
+    }
     if len > 0 {
         let inputs = [
             Some(&lines.tensor),

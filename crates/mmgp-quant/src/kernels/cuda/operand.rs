@@ -67,13 +67,12 @@ impl Operand {
 
     /// Room for its codes.
     pub(super) fn room(&self, device: &CudaDevice, rows: usize, inputs: usize) -> Result<Room> {
-        Ok(match self {
-            // SAFETY: plain numbers, and the quantization writes each before another kernel reads it.
-            Self::Numbers(_) => {
-                Some(unsafe { (device.alloc::<u8>(rows * inputs)?, device.alloc::<f32>(rows)?) })
-            }
-            Self::Codes(_) => None,
-        })
+        if matches!(self, Self::Codes(_)) {
+            return Ok(None);
+        }
+        // SAFETY: plain numbers, and the quantization writes each before another kernel reads it.
+        let room = unsafe { (device.alloc::<u8>(rows * inputs)?, device.alloc::<f32>(rows)?) };
+        Ok(Some(room))
     }
 
     pub(super) fn locked(&self) -> Locked<'_> {
