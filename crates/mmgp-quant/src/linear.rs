@@ -266,7 +266,8 @@ mod tests {
         let dev = Device::Cpu;
         for of in [Codes::Int8, Codes::Fp8] {
             // 2, 1 and -1 as either has them, times 0.5 and 3.
-            let [two, one, less] = if of == Codes::Int8 { [2, 1, 255] } else { [0x40, 0x38, 0xb8] };
+            let [two, one, less]: [u8; 3] =
+                if of == Codes::Int8 { [2, 1, 255] } else { [0x40, 0x38, 0xb8] };
             let codes = [[two, one, less, 0, 0, one, one], [one, two, 0, less, less, 0, two]];
             let input = Input::Codes(CodedRows {
                 of,
