@@ -79,7 +79,7 @@ pub trait QuantTensor: Send + Sync {
     }
 
     /// [`product`](Self::product) of rows that are such codes already. It gives the bits that it gives for the numbers they were
-    /// made of.
+    /// made of, but where a library has no such product for the shape after all, and what the codes stand for is multiplied.
     ///
     /// # Errors
     /// Those of [`product`](Self::product); codes that the weight does not read.

@@ -3,7 +3,7 @@
 //! On the CPU the product widens the weight tile by tile, straight from the bytes that travelled; on
 //! other devices the weight has the compute dtype already and the library's product is used.
 
-use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Shape, Tensor, WithDType};
+use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Layout, Shape, Tensor, WithDType};
 use half::{bf16, f16};
 use mmgp_io::Dtype;
 
@@ -76,6 +76,11 @@ impl QuantTensor for DenseWeight {
     fn decode(&self) -> candle_core::Result<Tensor> {
         self.0.copy()
     }
+}
+
+/// Whether there are products into columns for inputs like `x`.
+pub(super) fn writes_into(x: &Tensor) -> bool {
+    x.device().is_cuda() && matches!(x.dtype(), DType::BF16 | DType::F16)
 }
 
 /// [`product_on_device`] with an epilogue, as [`QuantTensor::product_into`] has it.

@@ -14,7 +14,7 @@ use half::{bf16, f16};
 use mmgp_io::Dtype;
 
 use super::{
-    dense::{floating, product, product_on_device, product_on_device_into, slice},
+    dense::{floating, product, product_on_device, product_on_device_into, slice, writes_into},
     int8::{of, widened},
 };
 #[cfg(feature = "cuda")]
@@ -138,8 +138,8 @@ impl QuantTensor for Fp8Weight {
         epilogue: Epilogue,
         y: &Tensor,
     ) -> candle_core::Result<bool> {
-        if !x.device().is_cuda() {
-            return Ok(false);
+        if !writes_into(x) {
+            return Ok(false); // before a weight is expanded for nothing
         }
         #[cfg(feature = "cuda")]
         if self.activations

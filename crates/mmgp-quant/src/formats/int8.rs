@@ -14,7 +14,9 @@ use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Layout, Shape, Tensor
 use half::{bf16, f16};
 use mmgp_io::Dtype;
 
-use super::dense::{floating, product, product_on_device, product_on_device_into, slice};
+use super::dense::{
+    floating, product, product_on_device, product_on_device_into, slice, writes_into,
+};
 #[cfg(feature = "cuda")]
 use crate::{CodedRows, Input};
 use crate::{
@@ -110,8 +112,8 @@ impl QuantTensor for Int8Weight {
         epilogue: Epilogue,
         y: &Tensor,
     ) -> candle_core::Result<bool> {
-        if !x.device().is_cuda() {
-            return Ok(false);
+        if !writes_into(x) {
+            return Ok(false); // before a weight is expanded for nothing
         }
         #[cfg(feature = "cuda")]
         if self.activations {
