@@ -1,6 +1,6 @@
 //! The tensor library's kernels, of which there is no machine code: a driver compiles them when a machine first uses
 //! them, and keeps what it made. Compiled one behind another, as they are used, they would take as long as all of them
-//! together; side by side they take as long as the longest.
+//! together. What they take side by side was not measured yet.
 
 use std::thread;
 
