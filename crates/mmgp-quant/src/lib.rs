@@ -46,8 +46,8 @@ pub use format::{Epilogue, Format, QuantTensor, formats};
 pub use input::{CodedRows, Input};
 #[cfg(feature = "cuda")]
 pub use kernels::cuda::{
-    Int8Kernel, KernelImage, disable_fp8, enable_fp8, fp8_enabled, fp8_multiplies, fp8_product,
-    kernel_images, product_library, w8a8, w8a8_by,
+    Int8Kernel, Kernel, KernelImage, Parameter, disable_fp8, enable_fp8, fp8_enabled,
+    fp8_multiplies, fp8_product, kernel_images, product_library, w8a8, w8a8_by,
 };
 pub use kernels::fp8::{from_e4m3, to_e4m3};
 pub use kernels::int8::{NotFinite, Real, decode, quantize, quantize_rows};

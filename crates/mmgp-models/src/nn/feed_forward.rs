@@ -35,15 +35,17 @@ impl FeedForward {
     /// # Errors
     /// An input of another width; weights that are not leased.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.forward_input(&x.into())
+        self.forward_input(x.into())
     }
 
-    /// The same of either kind of input.
+    /// The same of either kind of input, which is let go when it was read.
     ///
     /// # Errors
     /// Those of [`forward`](Self::forward).
-    pub fn forward_input(&self, x: &Input) -> Result<Tensor> {
-        self.down.forward(&self.activation.of(&self.up, x)?)
+    pub fn forward_input(&self, x: Input) -> Result<Tensor> {
+        let up = self.activation.of(&self.up, &x)?;
+        drop(x);
+        self.down.forward(&up)
     }
 
     /// The layer that reads the input.

@@ -90,19 +90,8 @@ impl Heads {
     /// heads have values.
     pub fn project(self, streams: &[Projected<'_>]) -> Result<[Tensor; 3]> {
         let width = self.width();
-        for &Projected { linear, x, rope, .. } in streams {
-            let &[_, tokens, inputs] = x.dims() else {
-                candle_core::bail!("heads: a stream of {:?}", x.dims());
-            };
-            let fits = linear.inputs() == inputs && linear.outputs() == 3 * width;
-            if !fits || rope.tokens() != tokens || rope.half() * 2 != self.dim {
-                candle_core::bail!(
-                    "heads: {self:?} of {linear:?} over {:?}, rope for {} tokens of {}",
-                    x.dims(),
-                    rope.tokens(),
-                    rope.half() * 2
-                );
-            }
+        for stream in streams {
+            stream.held_to(self)?;
         }
         #[cfg(feature = "cuda")]
         {
@@ -111,10 +100,7 @@ impl Heads {
             let alike = |x: &Input| {
                 cuda::take_input(x) && all.first().is_some_and(|norm| norm.dtype() == x.dtype())
             };
-            // The kernel turns neighbours.
-            let turns = streams.iter().all(|stream| stream.rope.pairs() == Pairs::Neighbours);
-            if turns
-                && cuda::take(&all)
+            if cuda::take(&all)
                 && streams.iter().all(|stream| alike(stream.x))
                 && let Some(heads) = cuda::project(self, streams)?
             {
@@ -246,6 +232,26 @@ pub struct Projected<'a> {
     pub norms: [&'a RmsNorm; 2],
     /// Turns them then.
     pub rope: &'a Rope,
+}
+
+impl Projected<'_> {
+    /// Refuses what does not fit together, or not these heads.
+    pub(crate) fn held_to(&self, heads: Heads) -> Result<()> {
+        let &Self { linear, x, rope, .. } = self;
+        let fits = x.dims().len() == 3
+            && x.dims()[1..] == [rope.tokens(), linear.inputs()]
+            && linear.outputs() == 3 * heads.width()
+            && rope.half() * 2 == heads.dim;
+        if !fits {
+            candle_core::bail!(
+                "heads: {heads:?} of {linear:?} over {:?}, rope for {} tokens of {}",
+                x.dims(),
+                rope.tokens(),
+                rope.half() * 2
+            );
+        }
+        Ok(())
+    }
 }
 
 /// Rows of a projection, `[batch, tokens, columns]`, and what becomes of the heads in them.

@@ -46,35 +46,35 @@ impl Joint<'_> {
         }
     }
 
-    /// [`attention`](Self::attention), and beside it along the last dimension GELU of what `up` makes of `y`.
+    /// Attention of one stream's heads, and beside it along the last dimension GELU of what `up` makes of the stream.
     fn attention_beside_gelu(
         &self,
-        [q, k, v]: [Tensor; 3],
+        stream: &Projected<'_>,
         heads: Heads,
         up: &Linear,
-        y: &Input,
     ) -> Result<Tensor> {
         #[cfg(feature = "cuda")]
         {
+            stream.held_to(heads)?;
             let keys = match self.text {
-                TextPlace::First => Some(k.dim(2)?),
+                TextPlace::First => stream.x.dims().get(1).copied(),
                 // Items that see as many keys as others are computed together.
                 TextPlace::Last(keys) => {
                     keys.first().copied().filter(|n| keys.iter().all(|m| m == n))
                 }
             };
-            if let Some(keys) = keys.filter(|&keys| (1..=k.dim(2).unwrap_or(0)).contains(&keys)) {
-                let (k, v) = (k.narrow(2, 0, keys)?, v.narrow(2, 0, keys)?);
-                let scale = 1. / (heads.dim as f64).sqrt();
-                let rows = crate::nn::cuda::attention_beside_gelu([&q, &k, &v], scale, up, y)?;
-                if let Some(rows) = rows {
-                    return Ok(rows);
-                }
+            let scale = 1. / (heads.dim as f64).sqrt();
+            if let Some(keys) = keys
+                && let Some(rows) =
+                    crate::nn::cuda::attention_beside_gelu(heads, stream, keys, scale, up)?
+            {
+                return Ok(rows);
             }
         }
+        let [q, k, v] = heads.project(&[*stream])?;
         let mixed = self.attention(&q, &k, &v, heads)?;
         drop((q, k, v));
-        join_gelu(&mixed, up, y)
+        join_gelu(&mixed, up, stream.x)
     }
 }
 
@@ -119,13 +119,14 @@ struct Stream {
 }
 
 impl Stream {
-    /// What is added after the attention.
-    fn finish(&self, x: &Tensor, mixed: &Tensor, m: &[Tensor; 6]) -> Result<Tensor> {
+    /// The next tokens of the stream `x`: adds what attention gave, projected, and the feed-forward. What was read is let go
+    /// at once.
+    fn finish(&self, x: &Tensor, mixed: Tensor, m: &[Tensor; 6]) -> Result<Tensor> {
         let [_, _, gate, shift_mlp, scale_mlp, gate_mlp] = m;
-        let modulation = [scale_mlp, shift_mlp];
-        let (mixed, up) = (self.out.forward(mixed)?, self.feed_forward.up());
+        let (modulation, up) = ([scale_mlp, shift_mlp], self.feed_forward.up());
         let (x, y) = gated_add_norm(x, &mixed, gate, modulation, EPS, up)?;
-        gated_add(&x, &self.feed_forward.forward_input(&y)?, gate_mlp)
+        drop(mixed);
+        gated_add(&x, &self.feed_forward.forward_input(y)?, gate_mlp)
     }
 }
 
@@ -206,8 +207,11 @@ impl DoubleBlock {
         drop((image_y, text_y));
         let mixed = joint.attention(&q, &k, &v, heads)?;
         drop((q, k, v));
-        let next_image = self.image.finish(image, &mixed.narrow(1, image_at, n)?, &image_mod)?;
-        let next_text = self.text.finish(text, &mixed.narrow(1, text_at, m)?, &text_mod)?;
+        let image_mixed = self.image.out.forward(&mixed.narrow(1, image_at, n)?)?;
+        let text_mixed = self.text.out.forward(&mixed.narrow(1, text_at, m)?)?;
+        drop(mixed);
+        let next_text = self.text.finish(text, text_mixed, &text_mod)?;
+        let next_image = self.image.finish(image, image_mixed, &image_mod)?;
         Ok((next_image, next_text))
     }
 }
@@ -252,8 +256,8 @@ impl SingleBlock {
         let readers = [&self.projection.qkv, &self.up];
         let y = layer_norm_modulated_for(x, [&scale, &shift], EPS, &readers)?;
         let heads = self.projection.heads;
-        let projected = heads.project(&[self.projection.of(&y, joint.rope)])?;
-        let joined = joint.attention_beside_gelu(projected, heads, &self.up, &y)?;
+        let stream = self.projection.of(&y, joint.rope);
+        let joined = joint.attention_beside_gelu(&stream, heads, &self.up)?;
         drop(y);
         gated_add(x, &self.output.forward(&joined)?, &gate)
     }

@@ -336,10 +336,19 @@ static __device__ __forceinline__ void attend(const Attention &p, u32 queries_at
 }
 
 // What a block shares: the queries as memory that the launch gives, beside it the tile.
+// A kernel may be brought up before the one before it ends (`Kernel::launch`): waits for that, then lets the next one come up.
+static __device__ __forceinline__ void in_turn() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;\n" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;\n");
+#endif
+}
+
 #define ATTENTION(NAME, T, D, BLOCKS)                                                              \
     extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) NAME(const __grid_constant__ Attention p) { \
         extern __shared__ __align__(256) unsigned char queries[];                                  \
         __shared__ __align__(256) unsigned char tile[2][KEYS<D> * D * 2];                          \
+        in_turn();                                                                                 \
         attend<T, D, KEYS<D>>(p, address_of(queries), address_of(tile[0]), address_of(tile[1]));   \
     }
 

@@ -7,14 +7,7 @@
 use std::f64::consts::LOG2_E;
 
 use candle_core::{
-    DType, Device, Result, Tensor, bail,
-    cuda_backend::{
-        WrapErr,
-        cudarc::driver::{
-            LaunchConfig, PushKernelArg,
-            sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
-        },
-    },
+    DType, Device, Result, Tensor, bail, cuda_backend::cudarc::driver::LaunchConfig,
 };
 use half::{bf16, f16};
 use mmgp_quant::KernelImage;
@@ -84,7 +77,7 @@ fn attend<T: Element>(
     let mut out = Fresh::<T>::new(&q, (batch * queries * heads * dim) as u64)?;
     let kernel = KERNELS.function(device, &format!("attention_{width}_{}", T::SUFFIX))?;
     let shared = query_bytes(width);
-    kernel.set_attribute(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared as i32).w()?;
+    kernel.share(shared)?;
     out.queue(&inputs, |stream, inputs, out| {
         let &[q, k, v] = inputs else { bail!("attention: operands without addresses") };
         for (from, lengths) in (0..).step_by(ITEMS).zip(lengths.chunks(ITEMS)) {
@@ -117,12 +110,10 @@ fn attend<T: Element>(
                 block_dim: (grid.threads.0, grid.threads.1, 1),
                 shared_mem_bytes: shared,
             };
-            let mut launch = stream.launch_builder(&kernel);
-            launch.arg(&argument);
             // SAFETY: strides and counts are those of the operands, which are locked and held to the memory that
             // they have: of an item's keys those before its length are read, which are not more than there are. They
             // are vectors that begin where vectors may. The output has a row for each query.
-            unsafe { launch.launch(config) }.w()?;
+            unsafe { kernel.launch(stream, config, &[&argument])? };
         }
         Ok(())
     })?;

@@ -10,10 +10,9 @@ use candle_core::{
     backend::BackendStorage,
     bail,
     cuda_backend::{
-        CudaDType, WrapErr,
+        CudaDType,
         cudarc::driver::{
-            CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, LaunchConfig,
-            PushKernelArg, SyncOnDrop,
+            CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, LaunchConfig, SyncOnDrop,
         },
     },
     op::BackpropOp,
@@ -225,6 +224,21 @@ impl<'a, T: Element> Place<'a, T> {
         &self.device
     }
 
+    /// How many values the storage has from the first on.
+    pub(super) fn len(&self) -> u64 {
+        self.values.len() as u64 - self.first
+    }
+
+    /// Calls `queue` with the stream and the address of the first value.
+    pub(super) fn queue<R>(
+        &mut self,
+        queue: impl FnOnce(&Arc<CudaStream>, u64) -> Result<R>,
+    ) -> Result<R> {
+        let stream = self.device.cuda_stream();
+        let (at, _written) = self.values.device_ptr_mut(&stream);
+        queue(&stream, at + self.first * size_of::<T>() as u64)
+    }
+
     /// As [`Fresh::run`], for these values.
     ///
     /// # Safety
@@ -282,12 +296,9 @@ unsafe fn run<P: DeviceRepr>(
     };
     addressed(device, stream, inputs, |addresses| {
         let argument = argue(addresses);
-        let mut launch = stream.launch_builder(&kernel);
-        launch.arg(&argument);
         // SAFETY: the caller vouches for the argument. The inputs are locked, what their layouts show is within
         // their memory, and all of it is ordered by this stream.
-        unsafe { launch.launch(config) }.w()?;
-        Ok(())
+        unsafe { kernel.launch(stream, config, &[&argument]) }
     })
 }
 

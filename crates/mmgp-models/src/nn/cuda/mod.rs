@@ -9,12 +9,13 @@ mod choice;
 mod convolution;
 mod cudnn;
 mod flash;
+mod heads;
 mod launch;
 mod self_test;
 mod shape;
 
 use candle_core::{
-    CpuStorage, CudaDevice, CudaStorage, D, DType, Device, InplaceOp1, Layout, Result, Tensor,
+    CpuStorage, CudaDevice, CudaStorage, DType, Device, InplaceOp1, Layout, Result, Tensor,
     backend::BackendStorage, bail,
 };
 use half::{bf16, f16};
@@ -25,19 +26,21 @@ use self::{
         Element, Fresh, KERNELS, Place, Scratch, Written, by_dtype, held_to, run_into, tensor_of,
     },
     shape::{
-        Activate, Add, Axes, Flat, Gate, GateNorm, Grid, Group, Lines, PerItem, Rows, Turn,
-        countable, piece_values,
+        Activate, Add, Axes, Flat, Gate, GateNorm, Grid, Group, Lines, PerItem, Rows, piece_values,
     },
 };
-use crate::nn::{Activation, HeadRows, Heads, Projected, RmsNorm, Rope, Window};
+use crate::nn::{Activation, Window};
 
-pub(crate) use self::choice::{take, take_input};
 pub use self::{
     choice::{
         attention_enabled, convolution_enabled, cudnn_version, disable, enable, enable_attention,
         enable_convolution, enable_flash, enable_tested, enabled, flash_enabled,
     },
     self_test::{self_test, self_test_attention, self_test_convolution, self_test_flash},
+};
+pub(crate) use self::{
+    choice::{take, take_input},
+    heads::{attention_beside_gelu, heads, merge, project},
 };
 
 /// The kernels as they were compiled: what a self-test's result is about, beside the card and the driver.
@@ -61,38 +64,11 @@ pub(crate) fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> Resul
         return Ok(None);
     }
     if attention_enabled(device)
-        && let Some(out) = cudnn::attention(q, k, v, scale, 0)?
+        && let Some(out) = cudnn::attention(q, k, v, scale)?
     {
         return Ok(Some(out));
     }
     if flash_enabled(device) { flash::attention(q, k, v, scale, None) } else { Ok(None) }
-}
-
-/// The same with `[…, gelu_tanh(linear(x))]` behind it along the last dimension, `x` `[batch, queries, inputs]`; `None` where
-/// attention does not leave room for that, or the layer's product does not go there.
-pub(crate) fn attention_beside_gelu(
-    [q, k, v]: [&Tensor; 3],
-    scale: f64,
-    linear: &Linear,
-    x: &Input,
-) -> Result<Option<Tensor>> {
-    let Device::Cuda(device) = q.device() else {
-        return Ok(None);
-    };
-    let alike = [(k.dtype(), k.device()), (v.dtype(), v.device()), (x.dtype(), x.device())];
-    let alike = alike.iter().all(|(dtype, at)| *dtype == q.dtype() && at.same_device(q.device()));
-    if !alike || !enabled(device) || !attention_enabled(device) || linear.side().is_taken() {
-        return Ok(None);
-    }
-    let (batch, heads, queries, dim) = q.dims4()?;
-    let (n, m) = (heads * dim, linear.outputs());
-    if x.dims() != [batch, queries, linear.inputs()] {
-        bail!("attention: {queries} queries beside {linear:?} of {:?}", x.dims());
-    }
-    let Some(rows) = cudnn::attention(q, k, v, scale, m)? else { return Ok(None) };
-    let rows = rows.reshape((batch * queries, n + m))?;
-    let done = linear.forward_into(x, Epilogue::GeluTanh, &rows.narrow(1, n, m)?)?;
-    done.then(|| rows.reshape((batch, queries, n + m))).transpose()
 }
 
 /// The same of items that see their first `keys` keys, as [`attention_up_to`](crate::nn::attention_up_to) has it;
@@ -236,240 +212,6 @@ fn normed<T: Element>(
         unsafe { out.run(&name, grid, &inputs, argue)? };
     }
     Ok(out.tensor(x.shape()))
-}
-
-/// The heads of `parts`, their tokens one part behind another: `[batch, heads, tokens of all, dim]`. Shapes were
-/// checked by the caller, but are held to what lies in memory.
-pub(crate) fn heads(heads: Heads, parts: &[HeadRows<'_>]) -> Result<Tensor> {
-    match parts.first() {
-        Some(part) => by_dtype!(part.rows, split(heads, parts)),
-        None => bail!("heads: of no rows"),
-    }
-}
-
-fn split<T: Element>(heads: Heads, parts: &[HeadRows<'_>]) -> Result<Tensor> {
-    let batch = parts[0].rows.dim(0)?;
-    let total: usize = parts.iter().map(|part| part.rows.dim(1)).sum::<Result<usize>>()?;
-    let [count, dim, all] = [heads.count, heads.dim, total].map(|n| n as u64);
-    let mut out = Fresh::<T>::new(parts[0].rows, batch as u64 * count * all * dim)?;
-    let mut before = 0;
-    for part in parts {
-        // The columns that are heads of ours, at most what the rows have.
-        let own = part.rows.narrow(D::Minus1, part.first, heads.width())?;
-        let lines = Lines::of(&own)?;
-        let (tokens, rows) = (lines.tokens, lines.rows() * count);
-        countable(rows, dim)?;
-        if lines.items != batch as u64 {
-            bail!("heads: batches of {} and {batch}", lines.items);
-        }
-        let norm = match part.norm {
-            Some(norm) => {
-                Norm { kind: "rms", weight: Some(norm.weight()), bias: None, eps: norm.eps() }
-            }
-            None => Norm::NONE,
-        };
-        let norm = norm.checked(dim)?;
-        let tables = part.rope.map(|rope| rope.tables());
-        if let Some((cos, sin)) = tables {
-            let wanted = [tokens as usize, heads.dim / 2];
-            let fit =
-                |t: &Tensor| t.dims() == wanted && t.is_contiguous() && t.dtype() == DType::F32;
-            if !heads.dim.is_multiple_of(2) || !fit(cos) || !fit(sin) {
-                bail!("heads: {heads:?} of {tokens} tokens turned by {:?}", cos.dims());
-            }
-        }
-        let (cos, sin) = tables.unzip();
-        if rows * dim > 0 {
-            let inputs = [Some(&lines.tensor), norm.weight, cos, sin];
-            held_to::<T>(&inputs[..2])?;
-            let argue = |at: &[u64], out: u64| Rows {
-                x: at[0],
-                weight: at[1],
-                cos: at[2],
-                sin: at[3],
-                out: out + before * dim * size_of::<T>() as u64,
-                rows,
-                tokens,
-                heads: count,
-                width: dim,
-                x_item: lines.item,
-                x_token: lines.token,
-                x_head: dim,
-                out_item: count * all * dim,
-                out_token: dim,
-                out_head: all * dim,
-                eps: norm.eps,
-                ..Rows::default()
-            };
-            let name = format!("rows_{}_{}", norm.kind, T::SUFFIX);
-            // SAFETY: each row of `lines` has `count` heads of `dim` values, `weight` has `dim`, the tables half
-            // as many for each token; the output has `all` tokens for each head, of which this part's are those
-            // from `before` on, and `before + tokens <= all`.
-            unsafe { out.run(&name, Grid::of_rows(rows, dim, T::VECTOR), &inputs, argue)? };
-        }
-        before += tokens;
-    }
-    Ok(out.tensor((batch, heads.count, total, heads.dim)))
-}
-
-/// The heads of queries, keys and values of `streams`, whose products lie in one tensor of rows, the tokens of one stream behind
-/// those of another: views of it, in which queries and keys were normalised and turned. Shapes were checked by the caller.
-/// `None` where products do not write there, or the kernel has no such heads.
-pub(crate) fn project(heads: Heads, streams: &[Projected<'_>]) -> Result<Option<[Tensor; 3]>> {
-    match streams.first() {
-        Some(stream) => by_dtype!(stream.x, projected(heads, streams)),
-        None => Ok(None),
-    }
-}
-
-fn projected<T: Element>(heads: Heads, streams: &[Projected<'_>]) -> Result<Option<[Tensor; 3]>> {
-    let width = heads.width();
-    let of = |stream: &Projected<'_>| match stream.x.dims() {
-        &[batch, tokens, _] => Ok((batch, tokens)),
-        other => bail!("heads: a stream of {other:?}"),
-    };
-    let (batch, _) = of(&streams[0])?;
-    let vectors = heads.dim / T::VECTOR as usize;
-    if !heads.dim.is_multiple_of(T::VECTOR as usize)
-        || !(1..=32).contains(&vectors)
-        || batch == 0
-        // The tokens of an item would not lie side by side.
-        || (batch > 1 && streams.len() > 1)
-        || streams.iter().any(|stream| stream.linear.side().is_taken())
-    {
-        return Ok(None);
-    }
-    let tokens: Vec<usize> =
-        streams.iter().map(|stream| Ok(of(stream)?.1)).collect::<Result<_>>()?;
-    let total: usize = tokens.iter().sum();
-    if total == 0 {
-        return Ok(None);
-    }
-    let rows = Fresh::<T>::on(streams[0].x.device(), (batch * total * 3 * width) as u64)?;
-    // Products write all of it before it is read; without them it is dropped.
-    let rows = rows.tensor((batch, total, 3 * width));
-    let mut before = 0;
-    for (stream, tokens) in streams.iter().zip(&tokens) {
-        let own = rows.narrow(1, before, *tokens)?;
-        before += *tokens;
-        let y = own.reshape((batch * tokens, 3 * width))?;
-        if *tokens > 0 && !stream.linear.forward_into(stream.x, Epilogue::None, &y)? {
-            return Ok(None);
-        }
-    }
-    before = 0;
-    for (stream, tokens) in streams.iter().zip(&tokens) {
-        if *tokens > 0 {
-            let turn = Turned { heads, norms: stream.norms, rope: stream.rope };
-            rows.narrow(1, before, *tokens)?.inplace_op1(&turn)?;
-        }
-        before += *tokens;
-    }
-    let all = rows.reshape((batch, total, 3 * heads.count, heads.dim))?;
-    let part = |i: usize| all.narrow(2, i * heads.count, heads.count)?.transpose(1, 2);
-    Ok(Some([part(0)?, part(1)?, part(2)?]))
-}
-
-/// Normalises and turns queries and keys in rows `[batch, tokens, columns]`, contiguous, of which they are the first.
-struct Turned<'a> {
-    heads: Heads,
-    norms: [&'a RmsNorm; 2],
-    rope: &'a Rope,
-}
-
-impl InplaceOp1 for Turned<'_> {
-    fn name(&self) -> &'static str {
-        "turn"
-    }
-
-    fn cpu_fwd(&self, _: &mut CpuStorage, _: &Layout) -> Result<()> {
-        bail!("turn: a kernel of the GPU was given a tensor of the CPU")
-    }
-
-    fn cuda_fwd(&self, storage: &mut CudaStorage, layout: &Layout) -> Result<()> {
-        by_dtype!(storage, turned(self, storage, layout))
-    }
-}
-
-fn turned<T: Element>(turn: &Turned<'_>, storage: &mut CudaStorage, layout: &Layout) -> Result<()> {
-    let &Turned { heads: Heads { count, dim }, norms: [q_norm, k_norm], rope } = turn;
-    let (batch, tokens, columns) = layout.shape().dims3()?;
-    let (cos, sin) = rope.tables();
-    let fit =
-        |t: &Tensor| t.dims() == [tokens, dim / 2] && t.is_contiguous() && t.dtype() == DType::F32;
-    let weight = |norm: &RmsNorm| norm.weight().dims() == [dim] && norm.weight().is_contiguous();
-    let whole =
-        dim.is_multiple_of(T::VECTOR as usize) && columns.is_multiple_of(T::VECTOR as usize);
-    if !fit(cos) || !fit(sin) || !weight(q_norm) || !weight(k_norm) || !whole {
-        bail!("turn: {:?} of {tokens} tokens by {:?}", turn.heads, cos.dims());
-    }
-    if 2 * count * dim > columns || q_norm.eps() != k_norm.eps() {
-        bail!("turn: {:?} twice in rows of {columns}", turn.heads);
-    }
-    let [items, heads, width] = [batch, count, dim].map(|n| n as u64);
-    let (tokens, columns) = (tokens as u64, columns as u64);
-    let rows = items * tokens * heads;
-    countable(rows, width)?;
-    let inputs = [Some(q_norm.weight()), Some(k_norm.weight()), Some(cos), Some(sin)];
-    held_to::<T>(&inputs[..2])?;
-    let mut place = Place::<T>::of(storage, layout)?;
-    let argue = |at: &[u64], out: u64| Turn {
-        q: out,
-        q_weight: at[0],
-        k_weight: at[1],
-        cos: at[2],
-        sin: at[3],
-        rows,
-        tokens,
-        heads,
-        width,
-        item: tokens * columns,
-        token: columns,
-        key: heads * width,
-        eps: q_norm.eps(),
-    };
-    let grid = Grid::of_rows(rows, width, T::VECTOR);
-    // SAFETY: of each row the first `2 · heads · width` values are read and written, which `layout` shows and `place` was held
-    // to, each by the thread that read it; weights have `width` values and tables half as many for each token.
-    unsafe { place.run(&format!("turn_{}", T::SUFFIX), grid, &inputs, argue) }
-}
-
-/// `[batch, heads, tokens, dim]` to `[batch, tokens, heads · dim]`.
-pub(crate) fn merge(x: &Tensor) -> Result<Tensor> {
-    by_dtype!(x, merged(x))
-}
-
-fn merged<T: Element>(x: &Tensor) -> Result<Tensor> {
-    let (batch, heads, tokens, dim) = x.dims4()?;
-    let x = if x.stride()[3] == 1 || dim <= 1 { x.clone() } else { x.contiguous()? };
-    let stride = |at: usize| if x.dims()[at] > 1 { x.stride()[at] as u64 } else { 0 };
-    let (item, head, token) = (stride(0), stride(1), stride(2));
-    let [items, count, of_item, width] = [batch, heads, tokens, dim].map(|n| n as u64);
-    let rows = items * count * of_item;
-    countable(rows, width)?;
-    let mut out = Fresh::<T>::new(&x, rows * width)?;
-    if rows * width > 0 {
-        let argue = |at: &[u64], out: u64| Rows {
-            x: at[0],
-            out,
-            rows,
-            tokens: of_item,
-            heads: count,
-            width,
-            x_item: item,
-            x_token: token,
-            x_head: head,
-            out_item: of_item * count * width,
-            out_token: count * width,
-            out_head: width,
-            ..Rows::default()
-        };
-        let grid = Grid::of_rows(rows, width, T::VECTOR);
-        // SAFETY: strides and counts are those of `x`, whose heads have `width` values side by side; the output
-        // has as many.
-        unsafe { out.run(&format!("rows_none_{}", T::SUFFIX), grid, &[Some(&x)], argue)? };
-    }
-    Ok(out.tensor((batch, tokens, heads * dim)))
 }
 
 /// `x + gate · y`: `x` and `y` are `[batch, tokens, width]`, `gate` is `[batch, width]`.

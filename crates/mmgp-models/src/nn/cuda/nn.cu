@@ -977,9 +977,20 @@ template <typename T> static __device__ __forceinline__ void channels_first(cons
     });
 }
 
+// A kernel may be brought up before the one before it ends (`Kernel::launch`): waits for that, then lets the next one come up.
+static __device__ __forceinline__ void in_turn() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;\n" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;\n");
+#endif
+}
+
 // Blocks have 256 threads at most, and at least so many of that size share a multiprocessor.
 #define KERNEL(NAME, BLOCKS, P, ...)                                                               \
-    extern "C" __global__ void __launch_bounds__(256, BLOCKS) NAME(const P p) { __VA_ARGS__(p); }
+    extern "C" __global__ void __launch_bounds__(256, BLOCKS) NAME(const P p) {          \
+        in_turn();                                                                                 \
+        __VA_ARGS__(p);                                                                            \
+    }
 #define KERNELS(T, SUFFIX)                                                                         \
     KERNEL(rows_none_##SUFFIX, 3, Rows, rows<T, NONE>)                                             \
     KERNEL(rows_rms_##SUFFIX, 3, Rows, rows<T, RMS>)                                               \

@@ -9,7 +9,11 @@
 use candle_core::{CudaDevice, D, DType, Device, Tensor};
 use mmgp_quant::{Codes, Error, Input, MemorySource, Result, Weights};
 
-use super::{GroupNorm, convolution::convolve};
+use super::{
+    GroupNorm,
+    convolution::convolve,
+    heads::{AttentionWithin, Turned},
+};
 use crate::nn::{self, Activation, Conv2d, HeadRows, Heads, LayerNorm, RmsNorm, Rope, Window};
 
 const EPS: f64 = 1e-6;
@@ -233,14 +237,14 @@ impl On<'_> {
             let split = heads.split(&x, first, Some(&norm), Some(&turn))?;
             Ok(split.transpose(1, 2)?.reshape((2, tokens, width))?)
         };
-        let rest = x.narrow(2, 2 * width, vector)?;
-        let want = Tensor::cat(&[part(0, &a)?, part(width, &b)?, rest], 2)?;
+        let before = x.narrow(2, 0, vector)?;
+        let want = Tensor::cat(&[before, part(vector, &a)?, part(vector + width, &b)?], 2)?;
         self.check("turn", Within::Rounding, &want, |put| {
             let turn = rope(&Device::Cuda(self.device.clone()))?;
             let norms = [&put.rms_norm(&a)?, &put.rms_norm(&b)?];
             // In memory of its own, which begins where vectors may.
             let x = put.tensor(&x)?.force_contiguous()?;
-            x.inplace_op1(&super::Turned { heads, norms, rope: &turn })?;
+            x.inplace_op1(&Turned { heads, first: vector, norms, rope: &turn })?;
             Ok(x)
         })?;
         Ok(())
@@ -274,15 +278,31 @@ impl On<'_> {
         {
             let shape = [heads, heads, queries, keys, dim];
             self.attention("attention", shape, None, |q, k, v, scale, _| {
-                super::cudnn::attention(q, k, v, scale, 0)
+                super::cudnn::attention(q, k, v, scale)
             })?;
-            // With room behind each row.
-            self.attention("attention", shape, None, |q, k, v, scale, _| {
-                let found = super::cudnn::attention(q, k, v, scale, 24)?;
-                found.map(|found| found.narrow(2, 0, heads * dim)?.contiguous()).transpose()
-            })?;
+            self.attention_within(Heads { count: heads, dim }, queries)?;
         }
         Ok(())
+    }
+
+    /// Attention within rows, whose columns are the result, queries, keys, values, and others.
+    fn attention_within(&self, heads: Heads, tokens: usize) -> Result<()> {
+        let (width, keys) = (heads.width(), tokens - tokens / 4);
+        let x = self.values(&[2, tokens, 4 * width + 24], 1)?;
+        let part = |i: usize| heads.split(&x, i * width, None, None);
+        let (k, v) = (part(2)?.narrow(2, 0, keys)?, part(3)?.narrow(2, 0, keys)?);
+        let scale = 0.5 / (heads.dim as f64).sqrt();
+        let mixed = nn::attention(&part(1)?, &k, &v, scale, &[])?;
+        let want = Tensor::cat(&[mixed, x.narrow(2, width, 3 * width + 24)?], 2)?;
+        self.check("attention within", Within::Weights, &want, |put| {
+            let x = put.tensor(&x)?.force_contiguous()?;
+            let within = AttentionWithin::new(heads, keys, scale);
+            x.inplace_op1(&within)?;
+            if !within.is_done() {
+                return Err(Error::Invalid("it is not computed".into()));
+            }
+            Ok(x)
+        })
     }
 
     /// Holds attention of two items to the CPU's: of so many heads, groups of them, queries, keys and values of a head,

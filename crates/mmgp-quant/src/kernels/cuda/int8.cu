@@ -115,10 +115,19 @@ static __device__ __forceinline__ void add_bias(
     }
 }
 
+// A kernel may be brought up before the one before it ends (`Kernel::launch`): waits for that, then lets the next one come up.
+static __device__ __forceinline__ void in_turn() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;\n" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;\n");
+#endif
+}
+
 #define EXPAND_CODES(NAME, CODE, S, T)                                                             \
     extern "C" __global__ void NAME(                                                               \
         const uint8_t *codes, const S *scales, T *out, u64 total, u64 inputs                       \
     ) {                                                                                            \
+        in_turn();                                                                                 \
         expand<CODE, S, T>(codes, scales, out, total, inputs);                                     \
     }
 #define EXPAND(NAME, S, T)                                                                         \
@@ -126,6 +135,7 @@ static __device__ __forceinline__ void add_bias(
     EXPAND_CODES(expand_fp8_##NAME, Fp8, S, T)
 #define ADD_BIAS(NAME, T)                                                                          \
     extern "C" __global__ void NAME(T *y, const T *bias, u64 rows, u64 outputs) {                  \
+        in_turn();                                                                                 \
         add_bias<T>(y, bias, rows, outputs);                                                       \
     }
 

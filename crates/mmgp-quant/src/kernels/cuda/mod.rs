@@ -20,7 +20,9 @@ use candle_core::{
     bail,
     cuda_backend::{
         CudaDType, WrapErr,
-        cudarc::driver::{CudaView, DeviceRepr, LaunchConfig, PushKernelArg, result, sys},
+        cudarc::driver::{
+            CudaView, DevicePtr, DevicePtrMut, DeviceRepr, LaunchConfig, result, sys,
+        },
     },
 };
 use half::{bf16, f16};
@@ -29,7 +31,7 @@ use crate::{Codes, Epilogue};
 
 pub use self::{
     fp8::{disable_fp8, enable_fp8, fp8_enabled, fp8_multiplies, fp8_product},
-    image::KernelImage,
+    image::{Kernel, KernelImage, Parameter},
     product::product_library,
     w8a8::{Int8Kernel, w8a8, w8a8_by},
 };
@@ -179,16 +181,13 @@ fn expand_to<S: CudaDType + DeviceRepr, T: CudaDType + DeviceRepr>(
         let config = LaunchConfig { grid_dim, block_dim: (BLOCK, 1, 1), shared_mem_bytes: 0 };
         let (total, inputs) = (total as u64, inputs as u64);
         let stream = dev.cuda_stream();
-        let mut launch = stream.launch_builder(&kernel);
-        launch.arg(&codes);
-        match &scales {
-            Some(scales) => launch.arg(scales),
-            None => launch.arg(&NULL),
-        };
-        launch.arg(&mut out).arg(&total).arg(&inputs);
-        // SAFETY: the arguments are those of the kernel of this name; `codes` and `out` have `total`
+        let (codes, _read) = codes.device_ptr(&stream);
+        let (scales, _too) = scales.as_ref().map(|scales| scales.device_ptr(&stream)).unzip();
+        let scales = scales.unwrap_or(NULL);
+        let (to, _written) = out.device_ptr_mut(&stream);
+        // SAFETY: the parameters are those of the kernel of this name; `codes` and `out` have `total`
         // elements and `scales`, where they are, one for each of `total / inputs` rows, all on this stream's device.
-        unsafe { launch.launch(config) }.w()?;
+        unsafe { kernel.launch(&stream, config, &[&codes, &scales, &to, &total, &inputs])? };
     }
     Ok((CudaStorage::wrap_cuda_slice(out, dev.clone()), Shape::from((outputs, inputs))))
 }
@@ -247,10 +246,9 @@ fn add_bias<T: CudaDType + DeviceRepr>(
     let grid_dim = (blocks(vectors), rows.min(GRID_Y) as u32, 1);
     let config = LaunchConfig { grid_dim, block_dim: (BLOCK, 1, 1), shared_mem_bytes: 0 };
     let stream = dev.cuda_stream();
-    let mut launch = stream.launch_builder(&kernel);
-    launch.arg(&mut y).arg(&bias).arg(&rows).arg(&outputs);
-    // SAFETY: the arguments are those of the kernel of this name; `y` has `rows · outputs` elements and
+    let (bias, _read) = bias.device_ptr(&stream);
+    let (y, _written) = y.device_ptr_mut(&stream);
+    // SAFETY: the parameters are those of the kernel of this name; `y` has `rows · outputs` elements and
     // `bias` has `outputs`, both on this stream's device, and `y` is borrowed mutably.
-    unsafe { launch.launch(config) }.w()?;
-    Ok(())
+    unsafe { kernel.launch(&stream, config, &[&y, &bias, &rows, &outputs]) }
 }

@@ -293,11 +293,20 @@ static __device__ __forceinline__ void product(
     }
 }
 
+// A kernel may be brought up before the one before it ends (`Kernel::launch`): waits for that, then lets the next one come up.
+static __device__ __forceinline__ void in_turn() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;\n" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;\n");
+#endif
+}
+
 #define QUANTIZE_TO(NAME, CODE, T, S)                                                              \
     extern "C" __global__ void NAME(                                                               \
         const T *x, uint8_t *codes, float *row_scales, int rows, int inputs, const S *scales,      \
         float *wide_scales, int outputs                                                            \
     ) {                                                                                            \
+        in_turn();                                                                                 \
         quantize<CODE, T, S>(x, codes, row_scales, rows, inputs, scales, wide_scales, outputs);    \
     }
 #define QUANTIZE(NAME, T, S)                                                                       \
@@ -308,6 +317,7 @@ static __device__ __forceinline__ void product(
         const int8_t *x, const float *x_scales, const int8_t *w, const float *w_scales,            \
         const T *bias, T *y, int rows, int outputs, int inputs, int y_row                          \
     ) {                                                                                            \
+        in_turn();                                                                                 \
         product<T, GELU>(x, x_scales, w, w_scales, bias, y, rows, outputs, inputs, y_row);         \
     }
 

@@ -8,14 +8,14 @@
 use candle_core::{
     CudaDevice, DType, Device, Result, Tensor, bail,
     cuda_backend::{
-        CudaDType, WrapErr,
-        cudarc::driver::{DevicePtrMut, DeviceRepr, LaunchConfig, PushKernelArg},
+        CudaDType,
+        cudarc::driver::{DevicePtrMut, DeviceRepr, LaunchConfig},
     },
 };
 use half::{bf16, f16};
 
 use super::{
-    KernelImage, NULL, infix,
+    KernelImage, NULL, Parameter, infix,
     operand::{self, Operand},
     output::{fresh, into},
     product::{Half, address, aligned},
@@ -244,12 +244,10 @@ pub(super) unsafe fn quantize(
     };
     let (rows, inputs, outputs) = (rows as i32, inputs as i32, outputs as i32);
     let stream = device.cuda_stream();
-    let mut launch = stream.launch_builder(&kernel);
-    launch.arg(&x).arg(&at.x).arg(&at.x_scales).arg(&rows).arg(&inputs);
-    launch.arg(&scales).arg(&at.w_scales).arg(&outputs);
-    // SAFETY: the arguments are those of the kernel of this name, and the caller upholds their lengths.
-    unsafe { launch.launch(config) }.w()?;
-    Ok(())
+    let all: [&dyn Parameter; 8] =
+        [&x, &at.x, &at.x_scales, &rows, &inputs, &scales, &at.w_scales, &outputs];
+    // SAFETY: the parameters are those of the kernel of this name, and the caller upholds their lengths.
+    unsafe { kernel.launch(&stream, config, &all) }
 }
 
 /// Queues the product by `mma.sync`.
@@ -275,12 +273,10 @@ unsafe fn multiply(
     let y_row = y_row as i32;
     let bias = at.bias.unwrap_or(0); // null: none
     let stream = device.cuda_stream();
-    let mut launch = stream.launch_builder(&kernel);
-    launch.arg(&at.x).arg(&at.x_scales).arg(&at.w).arg(&at.w_scales).arg(&bias).arg(&at.y);
-    launch.arg(&rows).arg(&outputs).arg(&inputs).arg(&y_row);
-    // SAFETY: the arguments are those of the kernel of this name, and the caller upholds their lengths.
-    unsafe { launch.launch(config) }.w()?;
-    Ok(())
+    let operands: [&dyn Parameter; 6] = [&at.x, &at.x_scales, &at.w, &at.w_scales, &bias, &at.y];
+    let sizes: [&dyn Parameter; 4] = [&rows, &outputs, &inputs, &y_row];
+    // SAFETY: the parameters are those of the kernel of this name, and the caller upholds their lengths.
+    unsafe { kernel.launch(&stream, config, &[&operands[..], &sizes].concat()) }
 }
 
 /// Queues the product by CUTLASS, where the build has it and card and shape allow it: else `false`.

@@ -28,7 +28,10 @@ use parking_lot::Mutex;
 
 use super::launch::Scratch;
 
-pub(super) use self::{attention::attention, convolution::Convolution};
+pub(super) use self::{
+    attention::{Rows, attends_within, attention, attention_within},
+    convolution::Convolution,
+};
 
 /// The names that the library has, first those that are tried first.
 const NAMES: [&str; 3] = ["libcudnn.so.9", "libcudnn.so", "cudnn64_9.dll"];
