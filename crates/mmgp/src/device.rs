@@ -1,6 +1,6 @@
 //! Which device models run on, and the pager over it.
 
-use std::{fmt, str::FromStr};
+use std::{fmt, path::PathBuf, str::FromStr};
 
 #[cfg(feature = "cuda")]
 use candle_core::CudaDevice;
@@ -36,6 +36,8 @@ pub(crate) struct GpuUse {
     pub(crate) synchronous: bool,
     /// What products with int8 or fp8 weights take of their input.
     pub(crate) activations: Activations,
+    /// The program that compiles the tensor library's kernels, as [`OffloadBuilder::kernel_compiler`](crate::OffloadBuilder).
+    pub(crate) compiler: Option<PathBuf>,
 }
 
 /// A device that was opened.
@@ -122,11 +124,15 @@ fn cuda(ordinal: usize, gpu: &GpuUse) -> mmgp_residency::Result<Opened> {
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
     let driver = crate::tested::driver_in(&maps);
     if let Device::Cuda(device) = cuda.candle() {
-        let compiled = self_test(&card, driver.as_deref(), &crate::modules::sources(), || {
-            Ok(crate::modules::compile(device)?)
-        });
-        if let Err(why) = compiled {
-            tracing::info!("the tensor library's kernels are compiled when they are used: {why}");
+        if let Some(program) = &gpu.compiler {
+            let compiled = self_test(&card, driver.as_deref(), &crate::modules::sources(), || {
+                Ok(crate::modules::compile_by(program, ordinal)?)
+            });
+            if let Err(why) = compiled {
+                tracing::info!(
+                    "the tensor library's kernels are compiled when they are used: {why}"
+                );
+            }
         }
         enable_tested(cuda.candle(), device, &card, driver.as_deref(), gpu.activations)?;
     }
@@ -134,8 +140,8 @@ fn cuda(ordinal: usize, gpu: &GpuUse) -> mmgp_residency::Result<Opened> {
     Ok(Opened { pager: Pager::over(cuda)?, machine })
 }
 
-/// Tests what computes on the card, and has what passed used. What the tensor library does too, only slower, may
-/// fail or be missing.
+/// Tests what computes on the card, all side by side, and has what passed used. What the tensor library does too, only slower,
+/// may fail or be missing.
 #[cfg(feature = "cuda")]
 fn enable_tested(
     candle: &Device,
@@ -145,58 +151,102 @@ fn enable_tested(
     activations: Activations,
 ) -> mmgp_residency::Result<()> {
     use mmgp_models::nn::cuda as nn;
-    let library = mmgp_quant::product_library().to_le_bytes();
-    let [int8, w8a8, hopper] = mmgp_quant::kernel_images();
-    let tested = [int8, w8a8, hopper, &library];
-    self_test(card, driver, &tested, || mmgp_quant::self_test(device))?;
-
-    type Test = fn(&CudaDevice) -> TestResult;
-    let optional = |what: &str, tested: &[&[u8]], test: Test, enable: fn(&CudaDevice)| {
-        match self_test(card, driver, tested, || test(device)) {
-            Ok(()) => enable(device),
-            // What broke the context leaves nothing to compute with.
-            Err(error) if candle.synchronize().is_err() => return Err(error),
-            Err(error) => tracing::warn!("computing without {what}, which is slower: {error}"),
-        }
-        Ok(())
-    };
     // Whatever this process had decided before.
     mmgp_quant::disable_fp8(device);
     nn::disable(device);
-    if activations == Activations::Fp8 {
-        if mmgp_quant::fp8_multiplies(device)? {
-            let tested = [b"fp8", w8a8, &library[..]];
-            let (test, enable) = (mmgp_quant::self_test_fp8, mmgp_quant::enable_fp8);
-            optional("products in fp8", &tested, test, enable)?;
-        } else {
-            tracing::warn!(
-                "fp8 activations do nothing on {card}: products of fp8 with a scale for each row need compute \
-                 capability 9.0; weights are expanded before each product"
-            );
-        }
+    let library = mmgp_quant::product_library().to_le_bytes();
+    let [int8, w8a8, hopper] = mmgp_quant::kernel_images();
+    let (kernels, flash) = (nn::kernel_image(), nn::flash_image());
+    let fp8 = activations == Activations::Fp8 && mmgp_quant::fp8_multiplies(device)?;
+    if activations == Activations::Fp8 && !fp8 {
+        tracing::warn!(
+            "fp8 activations do nothing on {card}: products of fp8 with a scale for each row need compute \
+             capability 9.0; weights are expanded before each product"
+        );
     }
-    let kernels = nn::kernel_image();
-    optional("fused kernels", &[kernels], nn::self_test, nn::enable)?;
-    if !nn::enabled(device) {
-        return Ok(());
-    }
-    let (test, enable) = (nn::self_test_flash, nn::enable_flash);
-    optional("the kernel for attention", &[nn::flash_image()], test, enable)?;
-    match nn::cudnn_version() {
-        Ok(version) => {
-            let version = version.to_le_bytes();
-            let subject = |what: &'static str| [what.as_bytes(), &version, kernels];
-            let (test, enable) = (nn::self_test_attention, nn::enable_attention);
-            optional("cuDNN's attention", &subject("attention"), test, enable)?;
-            let (test, enable) = (nn::self_test_convolution, nn::enable_convolution);
-            optional("cuDNN's convolution", &subject("convolution"), test, enable)?;
-        }
-        Err(why) => tracing::warn!(
+    let version = nn::cudnn_version();
+    if let Err(why) = &version {
+        tracing::warn!(
             "computing attention and convolutions without cuDNN 9, which is slower: it was not found ({why}); \
              install it or name its library in MMGP_CUDNN"
-        ),
+        );
+    }
+    let cudnn = version.is_ok();
+    let version = version.unwrap_or_default().to_le_bytes();
+
+    let part = |what, about, test, enable| Part { what, about, test, enable, rank: Rank::Fused };
+    let products = vec![int8, w8a8, hopper, &library[..]];
+    let mut parts = vec![
+        Part {
+            rank: Rank::Needed,
+            ..part("products", products, mmgp_quant::self_test as Test, (|_| {}) as Enable)
+        },
+        Part {
+            rank: Rank::Alone,
+            ..part("fused kernels", vec![kernels], nn::self_test, nn::enable)
+        },
+        part("the kernel for attention", vec![flash], nn::self_test_flash, nn::enable_flash),
+    ];
+    if fp8 {
+        let about = vec![&b"fp8"[..], w8a8, &library];
+        let (test, enable): (Test, Enable) = (mmgp_quant::self_test_fp8, mmgp_quant::enable_fp8);
+        parts.push(Part { rank: Rank::Alone, ..part("products in fp8", about, test, enable) });
+    }
+    if cudnn {
+        let about = |what| vec![what, &version[..], kernels];
+        let (test, enable): (Test, Enable) = (nn::self_test_attention, nn::enable_attention);
+        parts.push(part("cuDNN's attention", about(b"attention"), test, enable));
+        let (test, enable): (Test, Enable) = (nn::self_test_convolution, nn::enable_convolution);
+        parts.push(part("cuDNN's convolution", about(b"convolution"), test, enable));
+    }
+    let results: Vec<TestResult> = std::thread::scope(|scope| {
+        let test = |part: &Part<'_>| self_test(card, driver, &part.about, || (part.test)(device));
+        let started: Vec<_> = parts.iter().map(|part| scope.spawn(move || test(part))).collect();
+        let panicked = |_| Err(mmgp_quant::Error::Invalid("a self-test panicked".into()));
+        started.into_iter().map(|test| test.join().unwrap_or_else(panicked)).collect()
+    });
+    for (part, result) in parts.iter().zip(results) {
+        match result {
+            Ok(()) if part.rank == Rank::Fused && !nn::enabled(device) => {}
+            Ok(()) => (part.enable)(device),
+            // What broke the context leaves nothing to compute with.
+            Err(error) if part.rank == Rank::Needed || candle.synchronize().is_err() => {
+                return Err(error.into());
+            }
+            Err(error) => {
+                tracing::warn!("computing without {}, which is slower: {error}", part.what);
+            }
+        }
     }
     Ok(())
+}
+
+#[cfg(feature = "cuda")]
+type Test = fn(&CudaDevice) -> TestResult;
+#[cfg(feature = "cuda")]
+type Enable = fn(&CudaDevice);
+
+/// A part of what computes on a GPU.
+#[cfg(feature = "cuda")]
+struct Part<'a> {
+    what: &'static str,
+    /// What its test's result is about.
+    about: Vec<&'a [u8]>,
+    test: Test,
+    enable: Enable,
+    rank: Rank,
+}
+
+/// What a part is worth.
+#[cfg(feature = "cuda")]
+#[derive(Clone, Copy, PartialEq)]
+enum Rank {
+    /// Nothing computes without it.
+    Needed,
+    /// Of use whatever becomes of others.
+    Alone,
+    /// Of use beside the fused kernels.
+    Fused,
 }
 
 /// What a self-test says.

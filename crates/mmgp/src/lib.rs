@@ -67,6 +67,8 @@ pub use mmgp_models::{
 };
 pub use mmgp_profiles::{Amounts, Hardware, Models, Profile, Settings, Switch};
 pub use mmgp_residency::{Budget, Budgets, Bytes, Forecast, Plan, Report, process_peak};
+#[cfg(feature = "cuda")]
+pub use modules::compile as compile_kernels;
 pub use names::{Medium, Names};
 pub use offload::{Module, Offload, OffloadBuilder};
 pub use picture::write_png;

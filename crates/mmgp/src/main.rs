@@ -32,6 +32,9 @@ enum Command {
     Decode(Box<commands::decode::Args>),
     Convert(commands::convert::Args),
     Store(commands::store::Args),
+    #[cfg(feature = "cuda")]
+    #[command(hide = true)]
+    CompileKernels(commands::compile_kernels::Args),
 }
 
 fn main() -> ExitCode {
@@ -52,6 +55,8 @@ fn main() -> ExitCode {
         Command::Decode(args) => commands::decode::run(&args),
         Command::Convert(args) => commands::convert::run(&args),
         Command::Store(args) => commands::store::run(&args),
+        #[cfg(feature = "cuda")]
+        Command::CompileKernels(args) => commands::compile_kernels::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeMap,
-    path::Path,
+    path::{Path, PathBuf},
     sync::{Arc, atomic::AtomicBool},
 };
 
@@ -93,6 +93,16 @@ impl OffloadBuilder {
     #[must_use]
     pub fn activations(mut self, activations: Activations) -> Self {
         self.gpu.activations = activations;
+        self
+    }
+
+    /// A program that, started as `program compile-kernels NAME ORDINAL`, comes to `compile_kernels` of this crate,
+    /// as the command does. Of the tensor library's kernels there is no machine code: when a GPU is first used on a machine
+    /// the driver compiles them, one after another in one process, which takes ten seconds; several processes do it in four.
+    /// By default, and without a GPU, none is started.
+    #[must_use]
+    pub fn kernel_compiler(mut self, program: impl Into<PathBuf>) -> Self {
+        self.gpu.compiler = Some(program.into());
         self
     }
 

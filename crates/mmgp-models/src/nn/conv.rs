@@ -9,7 +9,7 @@ use candle_core::{DType, Result, Tensor};
 use mmgp_quant::Weights;
 use rayon::prelude::*;
 
-use crate::nn::cpu;
+use crate::nn::{add, cpu};
 
 /// Gathered values that are held at once: 16 MiB in f32.
 const COLUMNS: usize = 4 << 20;
@@ -195,7 +195,7 @@ impl Conv2d {
                 (1, 1) => self.product(&x)?,
                 _ => x.conv2d(&self.weight, 0, stride, 1, 1)?,
             };
-            let y = y.broadcast_add(&bias)?;
+            let y = add(&y, &bias)?;
             if rows == out_h {
                 return Ok(y);
             }

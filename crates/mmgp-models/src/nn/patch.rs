@@ -4,6 +4,8 @@
 use candle_core::{Result, Tensor};
 use mmgp_quant::{Bias, Weights};
 
+use crate::nn::add;
+
 /// How latents are cut: `frames` × `side` × `side` values of each channel make a patch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Patch {
@@ -85,7 +87,7 @@ impl PatchConv {
         let weight = self.weight.flatten_from(1)?.t()?;
         let y = rows.reshape((batch * patches, values))?.matmul(&weight)?;
         let y = match &self.bias {
-            Some(bias) => y.broadcast_add(bias)?,
+            Some(bias) => add(&y, bias)?,
             None => y,
         };
         y.reshape((batch, patches, ()))

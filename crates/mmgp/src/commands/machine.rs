@@ -110,6 +110,9 @@ impl Machine {
         if let Some(store) = self.keep.store() {
             builder = builder.store(store, |line| eprintln!("{line}"));
         }
+        if let Ok(program) = std::env::current_exe() {
+            builder = builder.kernel_compiler(program);
+        }
         let mut offload = builder.build()?;
         let pipeline = offload.pipeline(dir)?;
         if let Some(codes) = self.activations().codes() {

@@ -1,5 +1,7 @@
 //! One file a subcommand.
 
+#[cfg(feature = "cuda")]
+pub(crate) mod compile_kernels;
 pub(crate) mod convert;
 pub(crate) mod decode;
 pub(crate) mod generate;

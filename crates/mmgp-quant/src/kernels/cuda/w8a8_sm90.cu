@@ -7,9 +7,6 @@
 
 #include <cstdint>
 
-// Kernels wait for those before them, which they may be brought up before (`Kernel::launch`).
-#define CUTLASS_ENABLE_GDC_FOR_SM90
-
 #include <cutlass/cutlass.h>
 #include <cutlass/epilogue/collective/collective_builder.hpp>
 #include <cutlass/epilogue/fusion/sm90_callbacks_tma_warpspecialized.hpp>
@@ -105,7 +102,7 @@ template <typename Out, bool GELU> struct RowsByColumns {
         if (Gemm::get_workspace_size(arguments) != 0) return -1; // it would have to be given
         Gemm gemm;
         cutlass::Status status = gemm.can_implement(arguments);
-        if (status == cutlass::Status::kSuccess) status = gemm.run(arguments, nullptr, stream, nullptr, true);
+        if (status == cutlass::Status::kSuccess) status = gemm.run(arguments, nullptr, stream);
         return static_cast<int>(status);
     }
 };
