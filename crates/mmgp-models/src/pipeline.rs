@@ -519,6 +519,12 @@ pub(crate) fn weights_recipe(options: &OpenOptions, device: &Device, compute: DT
         }
         ("", _, None) => format!("as stored, products in {products}"),
         (models, true, _) => format!("{codes} in {models}{except}, code times scale in f32"),
+        (models, false, Some(Codes::Int8)) if codes == Codes::Int8 => {
+            format!(
+                "{codes} in {models}{except}, activations {codes} per row, both rotated in groups of \
+                 256 where rows have whole ones"
+            )
+        }
         (models, false, Some(of)) if of == codes => {
             format!("{codes} in {models}{except}, activations {of} per row")
         }

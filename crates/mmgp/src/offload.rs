@@ -205,11 +205,12 @@ impl Offload {
             return Ok(options);
         }
         let making = Pager::new(&Device::Cpu)?;
-        // It only writes weights, which are the same whatever multiplies by them.
-        let weights = OpenOptions { activations: Activations::default(), ..options.clone() };
+        // It only writes weights, those that products with such activations read.
+        let codes = options.codes.with_activations(options.activations.codes());
+        let weights = OpenOptions { activations: Activations::default(), codes, ..options.clone() };
         let pipeline = open_pipeline(dir, &making, &weights)?;
         let sizes = making.plan(Budget::Min)?;
-        let mut recipe = format!("{} but {:?}", options.codes, options.exclude);
+        let mut recipe = format!("{codes} but {:?}", options.exclude);
         // Digests are of blocks as they lie in slots, where norms and biases have the compute dtype.
         let compute = self.pager.device().compute_dtype();
         if compute != DType::F32 {

@@ -7,6 +7,10 @@
 //! quanto and [`decode`](QuantTensor::decode) do. On CUDA it expands the whole weight to the compute
 //! dtype, for the time of one product; or, where the source allows that, makes the rows of the input int8 and
 //! multiplies in int8, with no expansion.
+//!
+//! Codes of rotated rows (`{layer}.weight._hadamard256` I8 `[outputs, inputs]`, scales as ever; see
+//! [`Codes::RotatedInt8`]) are multiplied with an input whose rows are rotated too, in f32. Where none can be, and in
+//! [`decode`](QuantTensor::decode), they are expanded to the weight that they stand for: rotated back, then rounded once.
 
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
@@ -21,9 +25,11 @@ use super::dense::{
 use crate::{CodedRows, Input};
 use crate::{
     Codes, Epilogue, Form, Format, Part, QuantTensor, Result, Source, Weights,
+    Error,
     kernels::{
         cpu::{Rounding, Rows},
-        int8,
+        int8, rotated_int8,
+        rotation::{self, rotate_rows},
     },
 };
 
@@ -31,12 +37,26 @@ use crate::{
 pub(crate) struct Int8;
 
 impl Int8 {
-    const CODES: &str = "_data";
     const SCALES: &str = "_scale";
+
+    /// The codes that are stored for all of `parts`.
+    fn stored(source: &dyn Source, parts: &[Part]) -> Option<Codes> {
+        [Codes::Int8, Codes::RotatedInt8].into_iter().find(|of| {
+            parts.iter().all(|part| {
+                let stored = source.stored(&format!("{}.{}", part.name, of.leaf()));
+                stored.is_some_and(|s| s.dtype == Dtype::I8)
+            })
+        })
+    }
+
+    /// The codes that dense `parts` are to become.
+    fn wanted(source: &dyn Source, parts: &[Part]) -> Option<Codes> {
+        source.quantizes(parts).filter(|of| matches!(of, Codes::Int8 | Codes::RotatedInt8))
+    }
 }
 
 /// The parts called `leaf` behind those of the weight, as wide as said, or of one column.
-pub(super) fn of(parts: &[Part], leaf: &str, inputs: Option<usize>) -> Vec<Part> {
+pub(super) fn named(parts: &[Part], leaf: &str, inputs: Option<usize>) -> Vec<Part> {
     let shape = |part: &Part| vec![part.shape[0], inputs.unwrap_or(1)];
     parts.iter().map(|p| Part { name: format!("{}.{leaf}", p.name), shape: shape(p) }).collect()
 }
@@ -47,30 +67,41 @@ impl Format for Int8 {
     }
 
     fn recognises(&self, weights: &Weights, parts: &[Part]) -> bool {
-        let codes = |part: &Part| {
-            let stored = weights.source().stored(&format!("{}.{}", part.name, Self::CODES));
-            stored.is_some_and(|s| s.dtype == Dtype::I8)
-        };
-        parts.iter().all(codes) || weights.source().quantizes(parts) == Some(Codes::Int8)
+        let source = weights.source();
+        Self::stored(source, parts).is_some() || Self::wanted(source, parts).is_some()
     }
 
     fn open(&self, weights: &Weights, parts: &[Part]) -> Result<Box<dyn QuantTensor>> {
         let source = weights.source();
-        if source.quantizes(parts) == Some(Codes::Int8) {
-            let codes = source.tensor(parts, Form::Codes(Codes::Int8))?;
-            let scales = source.tensor(parts, Form::Scales)?;
-            return Ok(Box::new(Int8Weight::new(codes, scales, source)));
-        }
         let inputs = parts.first().and_then(|p| p.shape.get(1)).copied();
-        let scales = of(parts, Self::SCALES, None);
+        let wanted = Self::wanted(source, parts);
+        let of = wanted.or_else(|| Self::stored(source, parts)).unwrap_or_default();
+        if of.with_inputs(inputs.unwrap_or(0)) != of {
+            return Err(Error::Invalid(format!(
+                "{}: `{}.{}` has {} inputs, which are no groups of {}",
+                source.origin(),
+                parts.first().map_or("", |part| &part.name),
+                of.leaf(),
+                inputs.unwrap_or(0),
+                rotation::GROUP
+            )));
+        }
+        if wanted.is_some() {
+            let codes = source.tensor(parts, Form::Codes(of))?;
+            let scales = source.tensor(parts, Form::Scales)?;
+            return Ok(Box::new(Int8Weight::new(of, codes, scales, source)));
+        }
+        let scales = named(parts, Self::SCALES, None);
         floating(source, &scales)?;
-        let codes = source.tensor(&of(parts, Self::CODES, inputs), Form::AsStored)?;
+        let codes = source.tensor(&named(parts, of.leaf(), inputs), Form::AsStored)?;
         let scales = source.tensor(&scales, Form::AsStored)?;
-        Ok(Box::new(Int8Weight::new(codes, scales, source)))
+        Ok(Box::new(Int8Weight::new(of, codes, scales, source)))
     }
 }
 
 struct Int8Weight {
+    /// Of rows as they are, or rotated.
+    of: Codes,
     /// U8 `[outputs, inputs]`, two's complement.
     codes: Tensor,
     /// bf16, f16 or f32 `[outputs, 1]`.
@@ -84,21 +115,21 @@ struct Int8Weight {
 
 impl QuantTensor for Int8Weight {
     fn format(&self) -> &'static str {
-        Int8.name()
+        self.of.name()
     }
 
     fn product(&self, x: &Tensor, bias: Option<&Tensor>) -> candle_core::Result<Tensor> {
         if !x.device().is_cpu() {
             #[cfg(feature = "cuda")]
             if self.activations
-                && let Some(y) = crate::kernels::cuda::w8a8(x, &self.codes, &self.scales, bias)?
+                && let Some(y) = self.in_int8(&x.into(), bias)?
             {
                 return Ok(y);
             }
             return product_on_device(x, &self.expanded(x.dtype())?, bias);
         }
-        let y =
-            x.apply_op3_no_bwd(&self.codes, &self.scales, &Product { rounded: self.rounded })?;
+        let by = Product { rounded: self.rounded, rotated: self.of == Codes::RotatedInt8 };
+        let y = x.apply_op3_no_bwd(&self.codes, &self.scales, &by)?;
         match bias {
             Some(bias) => y.broadcast_add(bias),
             None => Ok(y),
@@ -119,7 +150,8 @@ impl QuantTensor for Int8Weight {
         if self.activations {
             use crate::kernels::cuda::{Int8Kernel, w8a8_into};
             let (to, kernel) = ((epilogue, y), Int8Kernel::Fastest);
-            if w8a8_into(&x.into(), &self.codes, &self.scales, bias, to, kernel)? {
+            let codes = (self.of, &self.codes);
+            if w8a8_into(&x.into(), codes, &self.scales, bias, to, kernel)? {
                 return Ok(true);
             }
         }
@@ -129,7 +161,7 @@ impl QuantTensor for Int8Weight {
     #[cfg(feature = "cuda")]
     fn reads(&self, x: &Input) -> Option<Codes> {
         let read = self.activations && crate::kernels::cuda::reads_codes(x, self.codes.dims());
-        read.then_some(Codes::Int8)
+        read.then_some(self.of)
     }
 
     #[cfg(feature = "cuda")]
@@ -138,9 +170,7 @@ impl QuantTensor for Int8Weight {
         x: &CodedRows,
         bias: Option<&Tensor>,
     ) -> candle_core::Result<Tensor> {
-        use crate::kernels::cuda::{Int8Kernel, w8a8_of};
-        let x = Input::Codes(x.clone());
-        match w8a8_of(&x, &self.codes, &self.scales, bias, Int8Kernel::Fastest)? {
+        match self.in_int8(&Input::Codes(x.clone()), bias)? {
             Some(y) => Ok(y),
             None => candle_core::bail!("int8 linear: codes {:?} that no kernel reads", x.dims()),
         }
@@ -156,7 +186,8 @@ impl QuantTensor for Int8Weight {
     ) -> candle_core::Result<bool> {
         use crate::kernels::cuda::{Int8Kernel, w8a8_into};
         let (to, kernel) = ((epilogue, y), Int8Kernel::Fastest);
-        w8a8_into(&Input::Codes(x.clone()), &self.codes, &self.scales, bias, to, kernel)
+        let codes = (self.of, &self.codes);
+        w8a8_into(&Input::Codes(x.clone()), codes, &self.scales, bias, to, kernel)
     }
 
     fn decode(&self) -> candle_core::Result<Tensor> {
@@ -165,17 +196,27 @@ impl QuantTensor for Int8Weight {
 }
 
 impl Int8Weight {
-    fn new(codes: Tensor, scales: Tensor, source: &dyn Source) -> Self {
-        let rounded = source.rounds_int8();
+    fn new(of: Codes, codes: Tensor, scales: Tensor, source: &dyn Source) -> Self {
+        // quanto has no rotated codes.
+        let rounded = source.rounds_int8() && of == Codes::Int8;
         let activations = source.quantizes_activations() == Some(Codes::Int8);
-        Self { codes, scales, rounded, activations }
+        Self { of, codes, scales, rounded, activations }
+    }
+
+    /// The product in int8, where there is one.
+    #[cfg(feature = "cuda")]
+    fn in_int8(&self, x: &Input, bias: Option<&Tensor>) -> candle_core::Result<Option<Tensor>> {
+        use crate::kernels::cuda::{Int8Kernel, w8a8_of};
+        let codes = (self.of, &self.codes);
+        w8a8_of(x, codes, &self.scales, bias, Int8Kernel::Fastest)
     }
 
     /// The whole weight in `dtype`, through the scale's dtype where that rounding is wanted.
     fn expanded(&self, dtype: DType) -> candle_core::Result<Tensor> {
         let stored = self.scales.dtype();
         let through = if self.rounded && stored != DType::F32 { stored } else { dtype };
-        self.codes.apply_op2_no_bwd(&self.scales, &Decode { dtype: through })?.to_dtype(dtype)
+        let decode = Decode { of: self.of, dtype: through };
+        self.codes.apply_op2_no_bwd(&self.scales, &decode)?.to_dtype(dtype)
     }
 }
 
@@ -191,6 +232,8 @@ pub(super) fn widened(storage: &CpuStorage, layout: &Layout) -> candle_core::Res
 
 struct Product {
     rounded: bool,
+    /// Whether rows of the input are rotated first, as those of the weight were.
+    rotated: bool,
 }
 
 impl CustomOp3 for Product {
@@ -218,12 +261,20 @@ impl CustomOp3 for Product {
             candle_core::bail!("int8: {} scales for {outputs} outputs", scales.len());
         }
         let rows = Rows::Int8 { codes: slice::<u8>(codes, lc)?, scales: &scales, rounding };
-        product((x, lx), rows, (outputs, inputs), None)
+        if !self.rotated {
+            return product((x, lx), rows, (outputs, inputs), None);
+        }
+        let mut x = slice::<f32>(x, lx)?.to_vec();
+        rotate_rows(&mut x, inputs);
+        let lx = Layout::contiguous(lx.shape());
+        product((&CpuStorage::F32(x), &lx), rows, (outputs, inputs), None)
     }
 }
 
 /// `code · scale` of a whole weight, rounded once to `dtype`; on the CPU that is the scale's.
 pub(crate) struct Decode {
+    /// Of rows as they are, or rotated: those are rotated back.
+    pub(crate) of: Codes,
     // Only kernels of GPUs can round to another dtype than the scale's.
     #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
     pub(crate) dtype: DType,
@@ -242,20 +293,24 @@ impl CustomOp2 for Decode {
         ls: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
         fn run<T: int8::Real + bytemuck::Zeroable>(
+            of: Codes,
             codes: &[u8],
             inputs: usize,
             scales: &[T],
         ) -> Vec<T> {
             let mut weight = bytemuck::allocation::zeroed_vec(codes.len());
-            int8::decode(codes, inputs, scales, &mut weight);
+            match of {
+                Codes::RotatedInt8 => rotated_int8::decode(codes, inputs, scales, &mut weight),
+                _ => int8::decode(codes, inputs, scales, &mut weight),
+            }
             weight
         }
         let (outputs, inputs) = lc.shape().dims2()?;
-        let all = slice::<u8>(codes, lc)?;
+        let (of, all) = (self.of, slice::<u8>(codes, lc)?);
         let storage = match scales {
-            CpuStorage::BF16(_) => CpuStorage::BF16(run(all, inputs, slice::<bf16>(scales, ls)?)),
-            CpuStorage::F16(_) => CpuStorage::F16(run(all, inputs, slice::<f16>(scales, ls)?)),
-            CpuStorage::F32(_) => CpuStorage::F32(run(all, inputs, slice::<f32>(scales, ls)?)),
+            CpuStorage::BF16(_) => CpuStorage::BF16(run(of, all, inputs, slice::<bf16>(scales, ls)?)),
+            CpuStorage::F16(_) => CpuStorage::F16(run(of, all, inputs, slice::<f16>(scales, ls)?)),
+            CpuStorage::F32(_) => CpuStorage::F32(run(of, all, inputs, slice::<f32>(scales, ls)?)),
             _ => candle_core::bail!("int8: the scales are not leased, or of another dtype"),
         };
         Ok((storage, Shape::from((outputs, inputs))))
@@ -269,6 +324,6 @@ impl CustomOp2 for Decode {
         scales: &CudaStorage,
         ls: &Layout,
     ) -> candle_core::Result<(CudaStorage, Shape)> {
-        crate::kernels::cuda::expand(Codes::Int8, (codes, lc), Some((scales, ls)), self.dtype)
+        crate::kernels::cuda::expand(self.of, (codes, lc), Some((scales, ls)), self.dtype)
     }
 }

@@ -114,7 +114,7 @@ impl Machine {
         let pipeline = offload.pipeline(dir)?;
         if let Some(codes) = self.activations().codes() {
             let form = match codes {
-                Codes::Int8 => "u8",
+                Codes::Int8 | Codes::RotatedInt8 => "u8",
                 Codes::Fp8 => "fp8",
             };
             let has = |of: &str| of.split('+').any(|dtype| dtype == form);
