@@ -526,6 +526,13 @@ mod tests {
         assert!(any(&|r, _, _| r > 128) && any(&|_, o, _| o > 128 && o % 128 != 0));
         assert!(any(&|_, _, i| i > 64 && i % 64 != 0) && any(&|_, _, i| i > 1024 * 32));
         assert!(any(&|_, o, i| o % 8 != 0 && i % 16 == 0) && any(&|_, _, i| i % 16 != 0));
+        // Of rotated rows: whole groups alone; one a row, more than a block has warps, and more than a thread keeps.
+        let whole = |inputs: usize| Codes::RotatedInt8.with_inputs(inputs) == Codes::RotatedInt8;
+        assert!(INT8_ROTATED.iter().all(|&(_, _, i)| whole(i)));
+        assert!(EXPANDED_ROTATED.iter().all(|&(_, i, _)| whole(i)));
+        assert!(INT8_ROTATED.iter().any(|&(r, _, i)| r > 256 && i == 256));
+        assert!(INT8_ROTATED.iter().any(|&(r, _, i)| r > 2 && i > 1024 * 32));
+        assert!(EXPANDED_ROTATED.iter().any(|&(_, _, s)| s % 8 != 0));
         // In fp8: the same quantization, and sides of 16 alone.
         assert!(
             FP8_ROWS.iter().any(|&(_, _, i)| i > 1024 * 32) && FP8_ROWS.iter().any(|s| s.1 > 1024)
@@ -548,6 +555,7 @@ mod tests {
         let of_w = codes(5 * inputs);
         let (scales, bias) = (values(5, 43, DType::F32), values(5, 47, dtype));
         let y = multiplied_in_int8(&x, &of_w, &scales, Some(&bias), inputs, dtype);
+        assert_eq!(turned(Codes::Int8, &x[2 * inputs..], inputs), &x[2 * inputs..]);
         assert_eq!(y[..5], bias);
         assert!(y[5..10].iter().all(|y| y.is_nan()));
 
@@ -566,6 +574,22 @@ mod tests {
                 assert!(off <= most + 2. * rounding, "off by {off}, {most} is allowed");
                 assert!(off > 0., "nothing was rounded");
             }
+        }
+    }
+
+    #[test]
+    fn products_of_rotated_codes_are_those_of_what_they_stand_for() {
+        let (inputs, dtype) = (512, DType::F32);
+        let x = values(3 * inputs, 41, dtype);
+        let (of_w, scales) = (codes(5 * inputs), values(5, 43, DType::F32));
+        let rotated = turned(Codes::RotatedInt8, &x, inputs);
+        let y = multiplied_in_int8(&rotated, &of_w, &scales, None, inputs, dtype);
+        let w = expanded(Codes::RotatedInt8, &of_w, inputs, &scales, DType::F32);
+        for (found, (expected, _)) in y.iter().zip(multiplied(&x, &w, None, inputs, dtype)) {
+            let off = (found - expected).abs();
+            let most = w.iter().map(|w| w.abs()).fold(0f32, f32::max);
+            // Half a code of each input, of 127 for 64 or so, in the mean.
+            assert!(off < 0.3 * most * (inputs as f32).sqrt(), "{found} {expected}");
         }
     }
 

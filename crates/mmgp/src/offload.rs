@@ -483,3 +483,42 @@ impl<M> Module<M> {
         Ok(self.0.pass()?.stem(f)?)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn the_store_keeps_rotated_codes_apart_from_plain_ones() {
+        let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../assets/tiny-flux");
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::at(dir.path()).with_spare(Bytes(1_000_000));
+        let offload = Offload::builder().device(DeviceChoice::Cpu).store(store, |_| ());
+        let offload = offload.build().unwrap();
+        let file = |activations| {
+            let quantize = vec!["transformer".to_string()];
+            let options = OpenOptions { quantize, activations, ..OpenOptions::default() };
+            let options = offload.stored(&demo, options).unwrap();
+            assert_eq!(options.activations, activations);
+            options.replaced[0].file.clone()
+        };
+        // The widths of this model are whole groups in the second layer of feed-forward blocks alone.
+        let leaves = |file: &Path| {
+            let file = Checkpoint::open(file).unwrap();
+            let codes = file.iter().filter(|view| view.name().contains("blocks.0.ff.net."));
+            let leaf = |name: &str| name.rsplit('.').next().unwrap().to_string();
+            let mut leaves: Vec<_> = codes.map(|view| leaf(view.name())).collect();
+            leaves.sort();
+            leaves.dedup();
+            leaves.into_iter().filter(|leaf| leaf.starts_with('_')).collect::<Vec<_>>()
+        };
+        let (plain, rotated) = (file(Activations::AsTheyAre), file(Activations::Int8));
+        assert_ne!(plain, rotated);
+        // The weights of fp8 activations are those of none.
+        assert_eq!(file(Activations::Fp8), plain);
+        assert_eq!(file(Activations::Int8), rotated);
+        assert_eq!(leaves(&plain), ["_data", "_scale"]);
+        assert_eq!(leaves(&rotated), ["_data", "_hadamard256", "_scale"]);
+    }
+}

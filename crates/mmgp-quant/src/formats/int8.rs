@@ -24,8 +24,7 @@ use super::dense::{
 #[cfg(feature = "cuda")]
 use crate::{CodedRows, Input};
 use crate::{
-    Codes, Epilogue, Form, Format, Part, QuantTensor, Result, Source, Weights,
-    Error,
+    Codes, Epilogue, Error, Form, Format, Part, QuantTensor, Result, Source, Weights,
     kernels::{
         cpu::{Rounding, Rows},
         int8, rotated_int8,
@@ -308,7 +307,9 @@ impl CustomOp2 for Decode {
         let (outputs, inputs) = lc.shape().dims2()?;
         let (of, all) = (self.of, slice::<u8>(codes, lc)?);
         let storage = match scales {
-            CpuStorage::BF16(_) => CpuStorage::BF16(run(of, all, inputs, slice::<bf16>(scales, ls)?)),
+            CpuStorage::BF16(_) => {
+                CpuStorage::BF16(run(of, all, inputs, slice::<bf16>(scales, ls)?))
+            }
             CpuStorage::F16(_) => CpuStorage::F16(run(of, all, inputs, slice::<f16>(scales, ls)?)),
             CpuStorage::F32(_) => CpuStorage::F32(run(of, all, inputs, slice::<f32>(scales, ls)?)),
             _ => candle_core::bail!("int8: the scales are not leased, or of another dtype"),
@@ -325,5 +326,105 @@ impl CustomOp2 for Decode {
         ls: &Layout,
     ) -> candle_core::Result<(CudaStorage, Shape)> {
         crate::kernels::cuda::expand(self.of, (codes, lc), Some((scales, ls)), self.dtype)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use candle_core::Device;
+
+    use super::*;
+    use crate::{Bias, CodedRows, Input, Linear, MemorySource};
+
+    const DIMS: (usize, usize) = (70, 512);
+
+    fn rand(shape: &[usize]) -> Tensor {
+        Tensor::randn(0f32, 1., shape, &Device::Cpu).unwrap()
+    }
+
+    /// Codes and scales of `dtype` that a dense weight becomes.
+    fn quantized(of: Codes, weight: &Tensor) -> (Tensor, Tensor) {
+        let (outputs, inputs) = weight.dims2().unwrap();
+        let values: Vec<f32> = weight.flatten_all().unwrap().to_vec1().unwrap();
+        let (mut codes, mut scales) = (vec![0; values.len()], vec![0f32; outputs]);
+        of.quantize(&values, inputs, &mut codes, &mut scales).unwrap();
+        let codes = Tensor::from_vec(codes, (outputs, inputs), &Device::Cpu).unwrap();
+        (codes, Tensor::from_vec(scales, (outputs, 1), &Device::Cpu).unwrap())
+    }
+
+    fn layer(of: Codes, weight: &Tensor) -> Linear {
+        let (codes, scales) = quantized(of, weight);
+        let source = MemorySource::new(&Device::Cpu)
+            .with(format!("weight.{}", of.leaf()), codes)
+            .with("weight._scale", scales);
+        let (outputs, inputs) = weight.dims2().unwrap();
+        Weights::new(source).linear(inputs, outputs, Bias::No).unwrap()
+    }
+
+    fn largest(t: &Tensor) -> f32 {
+        t.abs().unwrap().max_all().unwrap().to_scalar().unwrap()
+    }
+
+    #[test]
+    fn a_rotated_weight_stands_for_what_it_was() {
+        let (weight, x) = (rand(&[DIMS.0, DIMS.1]), rand(&[5, DIMS.1]));
+        let rotated = layer(Codes::RotatedInt8, &weight);
+        assert_eq!(rotated.format(), "rotated_int8");
+        // Half a code of each weight, of at most 127 for about four deviations; rotated back that is as much again in the mean.
+        let decoded = rotated.decode().unwrap();
+        assert!(largest(&(&decoded - &weight).unwrap()) < 0.1);
+        // The product rotates its input: it is that of the weight that was decoded, but for sums in f32.
+        let expected = x.matmul(&decoded.t().unwrap()).unwrap();
+        let y = rotated.forward(&x).unwrap();
+        assert!(largest(&(&y - &expected).unwrap()) < 1e-3);
+        // The same codes without the mark are another weight.
+        let (codes, scales) = quantized(Codes::RotatedInt8, &weight);
+        let source = MemorySource::new(&Device::Cpu)
+            .with("weight._data", codes)
+            .with("weight._scale", scales);
+        let plain = Weights::new(source).linear(DIMS.1, DIMS.0, Bias::No).unwrap();
+        assert_eq!(plain.format(), "int8");
+        assert!(largest(&(plain.forward(&x).unwrap() - expected).unwrap()) > 10.);
+    }
+
+    #[test]
+    fn rotated_rows_stand_for_numbers() {
+        let x = rand(&[3, DIMS.1]);
+        let (codes, scales) = quantized(Codes::RotatedInt8, &x);
+        let dims = vec![1, 3, DIMS.1];
+        let of = Codes::RotatedInt8;
+        let input = Input::Codes(CodedRows { of, codes, scales, dtype: DType::F32, dims });
+        let numbers = input.numbers().unwrap();
+        assert_eq!(numbers.dims(), [1, 3, DIMS.1]);
+        assert!(largest(&(numbers.squeeze(0).unwrap() - &x).unwrap()) < 0.1);
+        let weight = rand(&[DIMS.0, DIMS.1]);
+        for of in [Codes::Int8, Codes::RotatedInt8] {
+            let layer = layer(of, &weight);
+            let expected = layer.forward(&numbers).unwrap();
+            let y = layer.forward_input(&input).unwrap();
+            assert_eq!(largest(&(y - expected).unwrap()), 0.);
+        }
+    }
+
+    #[test]
+    fn rotated_rows_are_whole_groups_and_not_joined_with_others() {
+        let weight = rand(&[8, 320]);
+        let (codes, scales) = quantized(Codes::Int8, &weight);
+        let source = MemorySource::new(&Device::Cpu)
+            .with("up.weight._hadamard256", codes)
+            .with("up.weight._scale", scales);
+        let error = Weights::new(source).pp("up").linear(320, 8, Bias::No).unwrap_err().to_string();
+        for part in ["`up.weight._hadamard256`", "320", "256"] {
+            assert!(error.contains(part), "no {part} in: {error}");
+        }
+        let (codes, scales) = quantized(Codes::Int8, &rand(&[8, 256]));
+        let source = MemorySource::new(&Device::Cpu)
+            .with("q.weight._hadamard256", codes.clone())
+            .with("q.weight._scale", scales.clone())
+            .with("k.weight._data", codes)
+            .with("k.weight._scale", scales);
+        let layers = [("q", 8), ("k", 8)];
+        assert!(Weights::new(source).linear_joined(&layers, 256, Bias::No).is_err());
     }
 }
