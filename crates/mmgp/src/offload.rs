@@ -35,6 +35,7 @@ pub struct Offload {
     pager: Pager,
     settings: Settings,
     activations: Activations,
+    weights_for: Activations,
     budgets: Budgets,
     adapters: Option<AdapterSet>,
     store: Option<Stored>,
@@ -54,6 +55,7 @@ pub struct OffloadBuilder {
     budgets: Budgets,
     store: Option<Stored>,
     gpu: GpuUse,
+    weights_for: Activations,
 }
 
 impl OffloadBuilder {
@@ -88,11 +90,20 @@ impl OffloadBuilder {
     }
 
     /// What products with int8 or fp8 weights take of their input. [`Activations::Int8`] is faster on GPUs that multiply
-    /// int8 by int8, with an error of about 1.2 % in each product of normal values, [`Activations::Fp8`] on those of
+    /// int8 by int8, with an error of about 1.2 % in each product of normal values, where dense weights that become int8 are
+    /// rotated against outliers; [`Activations::Fp8`] on those of
     /// compute capability 9.0, with one of about 3.7 %. Both need a GPU.
     #[must_use]
     pub fn activations(mut self, activations: Activations) -> Self {
         self.gpu.activations = activations;
+        self
+    }
+
+    /// What products will take of their input where the weights are used that are quantized here: for
+    /// [`Offload::convert`], which needs no GPU. Those for [`Activations::Int8`] are rotated against outliers.
+    #[must_use]
+    pub fn weights_for(mut self, activations: Activations) -> Self {
+        self.weights_for = activations;
         self
     }
 
@@ -133,6 +144,7 @@ impl OffloadBuilder {
         Ok(Offload {
             pager,
             activations: gpu.activations,
+            weights_for: self.weights_for,
             times: Times::new(self.store.as_ref().map(|s| s.store.times()), machine, &gpu),
             settings: self.settings,
             budgets: self.budgets,
@@ -152,6 +164,7 @@ impl Offload {
             budgets: Budget::Auto.into(),
             store: None,
             gpu: GpuUse::default(),
+            weights_for: Activations::default(),
         }
     }
 
@@ -179,12 +192,13 @@ impl Offload {
         let index = ModelIndex::read(dir.as_ref())?;
         let classes = index.classes();
         let quantize = self.settings.models_to_quantize(&classes)?;
+        let codes = match self.settings.quantization_type.get() {
+            QuantizationType::Qfloat8 => Codes::Fp8,
+            _ => Codes::Int8,
+        };
         let options = OpenOptions {
             quantize: quantize.into_iter().map(String::from).collect(),
-            codes: match self.settings.quantization_type.get() {
-                QuantizationType::Qfloat8 => Codes::Fp8,
-                _ => Codes::Int8,
-            },
+            codes: codes.with_activations(self.weights_for.codes()),
             exclude: self.settings.quantize_exclude.get().clone(),
             activations: self.activations,
             replaced: Vec::new(),

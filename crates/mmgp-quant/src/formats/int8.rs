@@ -171,7 +171,7 @@ impl QuantTensor for Int8Weight {
     ) -> candle_core::Result<Tensor> {
         match self.in_int8(&Input::Codes(x.clone()), bias)? {
             Some(y) => Ok(y),
-            None => candle_core::bail!("int8 linear: codes {:?} that no kernel reads", x.dims()),
+            None => candle_core::bail!("{}: codes {:?} that no kernel reads", self.of, x.dims),
         }
     }
 
