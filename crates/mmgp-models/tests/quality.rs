@@ -195,24 +195,23 @@ fn rotation_guards_products_in_int8_against_outliers() -> Result<()> {
         "| outliers | int8, activations too | rotated | weights alone | weights alone, rotated |"
     );
     println!("|--:|--:|--:|--:|--:|");
-    // Outliers that keep their sign and about their size from row to row, as those of trained transformers do; and normal ones, which are
-    // up to three times as large, and of which less can be asked.
+    // Weights that are alike, so that outliers are most of the output; and such as are as much smaller where outliers are, so that all
+    // channels count. The rounding of weights alone costs more then: `|x|` is mostly outliers, and the output is not.
     let all = [1f32, 20., 50., 100.].map(|factor| [(factor, true), (factor, false)]);
-    for (factor, steady) in all.into_iter().flatten() {
-        // The weights of such channels are as much smaller, as in layers that were trained with them: else their part would be all of
-        // the output, and any error in the rest lost beside it.
+    for (factor, alike) in all.into_iter().flatten() {
         let spread = |larger: f32| {
             let mut of = vec![1f32; inputs];
             OUTLIERS.iter().for_each(|&at| of[at] = larger);
             Tensor::from_vec(of, (1, inputs), &dev)
         };
         let mut x = normal(1, rows * inputs, (rows, inputs))?.flatten_all()?.to_vec1::<f32>()?;
-        for row in x.chunks_exact_mut(inputs).filter(|_| steady) {
+        for row in x.chunks_exact_mut(inputs) {
+            // They keep their sign and about their size, as those of trained transformers do.
             OUTLIERS.iter().for_each(|&at| row[at] = 1. + row[at] / 8.);
         }
         let x = Tensor::from_vec(x, (rows, inputs), &dev)?.broadcast_mul(&spread(factor)?)?;
         let weight = normal(2, outputs * inputs, (outputs, inputs))?;
-        let weight = weight.broadcast_mul(&spread(1. / factor)?)?;
+        let weight = weight.broadcast_mul(&spread(if alike { 1. } else { 1. / factor })?)?;
         let right = x.matmul(&weight.t()?)?;
         let of = |of: Codes, activations: bool| -> Result<Sums> {
             let w = coded(&weight, of)?;
@@ -232,12 +231,12 @@ fn rotation_guards_products_in_int8_against_outliers() -> Result<()> {
             of(Codes::RotatedInt8, false)?,
         ];
         let cells = all.map(|s| format!(" {:.5}, {:.2} % |", s.cosine(), 100. * s.relative()));
-        let kind = if steady { "steady" } else { "normal" };
+        let kind = if alike { "weights alike" } else { "weights smaller" };
         println!("| {factor} times, {kind} |{}", cells.concat());
         let [plain, guarded, ..] = all.map(|sums| sums.cosine());
-        let least = if steady { 0.999 } else { 0.998 };
+        let least = if alike { 0.999 } else { 0.998 };
         assert!(guarded >= least, "{factor} times, {kind}: rotated, cosine {guarded}");
-        assert!(factor < 20. || plain < 0.999, "{factor} times: cosine {plain}");
+        assert!(factor < 50. || plain < 0.999, "{factor} times, {kind}: cosine {plain}");
     }
     Ok(())
 }

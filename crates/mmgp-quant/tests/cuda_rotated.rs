@@ -241,12 +241,12 @@ fn cuda_rotation_guards_against_outliers() -> Result<(), Any> {
     let dev = gpu();
     println!("rows inputs outputs |  plain ms | rotated ms | plain: cosine, rotated: cosine");
     for (inputs, outputs) in [(3072, 9216), (12_288, 3072)] {
-        // Channels a hundred times as large as the rest, whose weights are as much smaller; one in each group of eight or so.
+        // A few channels of the input are a hundred times as large as the rest.
         let spread = |larger: f32| {
             let of = (0..inputs).map(|at| if at % 1111 == 77 { larger } else { 1. });
             Tensor::from_vec(of.collect::<Vec<f32>>(), (1, inputs), &Device::Cpu)
         };
-        let weight = rand(&[outputs, inputs], DType::F32).broadcast_mul(&spread(0.01)?)?;
+        let weight = rand(&[outputs, inputs], DType::F32);
         for rows in [4608, 1536] {
             let mut x: Vec<f32> = rand(&[rows, inputs], DType::F32).flatten_all()?.to_vec1()?;
             for row in x.chunks_exact_mut(inputs) {
