@@ -81,6 +81,7 @@ impl Files {
                 Form::Bf16 => self.make(&self.tensors, &path)?,
                 Form::Int8 | Form::W8a8 => self.quantize(Codes::Int8, &path)?,
                 Form::Fp8 => self.quantize(Codes::Fp8, &path)?,
+                Form::Rotated => self.quantize(Codes::RotatedInt8, &path)?,
             }
             let (bytes, took) = (fs::metadata(&path)?.len(), begun.elapsed().as_secs_f64());
             let speed = Bytes((bytes as f64 / took) as u64);

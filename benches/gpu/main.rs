@@ -65,7 +65,7 @@ struct Cli {
     /// With --budgets: through page-locked memory, the ring, or both
     #[arg(long, value_enum, value_delimiter = ',', default_value = "pinned", requires = "budgets")]
     ways: Vec<Way>,
-    /// Only rows of these forms; w8a8 and fp8 have those of int8, and are measured only if they are named
+    /// Only rows of these forms; w8a8, rotated and fp8 have those of int8, and are measured only if they are named
     #[arg(long, value_enum, value_delimiter = ',')]
     forms: Vec<Form>,
     /// With --budgets: so many random LoRAs of one rank on all layers of attention and feed-forward, such as 8x64

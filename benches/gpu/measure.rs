@@ -298,7 +298,7 @@ pub(crate) fn model(
     let mut builder = ModelBuilder::new(pager, MODEL, checkpoint.clone());
     let activations = match form {
         Form::Bf16 | Form::Int8 => None,
-        Form::W8a8 => Some(Codes::Int8),
+        Form::W8a8 | Form::Rotated => Some(Codes::Int8),
         Form::Fp8 => Some(Codes::Fp8),
     };
     if let Some(codes) = activations {

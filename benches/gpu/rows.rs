@@ -21,6 +21,8 @@ pub(crate) enum Form {
     Int8,
     /// These weights, and rows of activations made int8 before each product; needs a GPU.
     W8a8,
+    /// The same with weights and rows rotated against outliers, as `--int8-activations` has them; needs a GPU.
+    Rotated,
     /// Weights of linear layers in blocks as fp8 (e4m3) with a scale per row, and rows of activations made fp8 before each
     /// product where the GPU multiplies them; needs one.
     Fp8,
@@ -33,6 +35,7 @@ impl Form {
             Form::Bf16 => "bf16",
             Form::Int8 => "int8",
             Form::W8a8 => "w8a8",
+            Form::Rotated => "rotated",
             Form::Fp8 => "fp8",
         }
     }
@@ -103,7 +106,8 @@ const SLOW: f64 = 12.;
 const RING: f64 = 20.;
 
 impl Set {
-    /// Its rows, in the order in which they are measured; those of [`Form::W8a8`] and [`Form::Fp8`] are not among them.
+    /// Its rows, in the order in which they are measured; those of [`Form::W8a8`],
+    /// [`Form::Rotated`] and [`Form::Fp8`] are not among them.
     pub(crate) fn requests(self) -> Vec<Request> {
         let mut all = Vec::new();
         let mut push = |form, way, budgets: &[f64], image, link: Option<f64>| {
@@ -192,7 +196,7 @@ pub(crate) fn combined(
 /// `rows`, and those of int8 weights with int8 activations and in fp8 too.
 pub(crate) fn with_quantized_activations(mut rows: Vec<Request>) -> Vec<Request> {
     let int8: Vec<_> = rows.iter().filter(|row| row.form == Form::Int8).copied().collect();
-    for form in [Form::W8a8, Form::Fp8] {
+    for form in [Form::W8a8, Form::Rotated, Form::Fp8] {
         rows.extend(int8.iter().map(|row| Request { form, ..*row }));
     }
     in_order(rows)

@@ -11,6 +11,7 @@ use std::{
 fn main() {
     println!("cargo::rerun-if-changed=nvcc.rs");
     println!("cargo::rustc-check-cfg=cfg(w8a8_sm90)");
+    println!("cargo::rerun-if-changed=src/kernels/cuda/rotation.cuh");
     nvcc::fatbin("src/kernels/cuda/int8.cu", "int8");
     nvcc::fatbin("src/kernels/cuda/w8a8.cu", "w8a8");
     if env::var_os("CARGO_FEATURE_CUDA").is_some()

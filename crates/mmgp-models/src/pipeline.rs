@@ -46,7 +46,8 @@ pub enum Activations {
     /// It as it is, and the weight expanded to its dtype.
     #[default]
     AsTheyAre,
-    /// With int8 weights rows made int8 with a scale for each, where the GPU multiplies int8 by int8; needs a GPU.
+    /// With int8 weights rows made int8 with a scale for each, where the GPU multiplies int8 by int8; dense weights that
+    /// become int8, and the rows for them, are rotated against outliers ([`Codes::RotatedInt8`]). Needs a GPU.
     Int8,
     /// With fp8 weights rows made fp8 (e4m3) with a scale for each, where the GPU multiplies them (compute
     /// capability 9.0), else as they are; needs a GPU.
@@ -519,6 +520,12 @@ pub(crate) fn weights_recipe(options: &OpenOptions, device: &Device, compute: DT
         }
         ("", _, None) => format!("as stored, products in {products}"),
         (models, true, _) => format!("{codes} in {models}{except}, code times scale in f32"),
+        (models, false, Some(Codes::Int8)) if codes == Codes::Int8 => {
+            format!(
+                "{codes} in {models}{except}, activations {codes} per row, both rotated in groups of \
+                 256 where rows have whole ones"
+            )
+        }
         (models, false, Some(of)) if of == codes => {
             format!("{codes} in {models}{except}, activations {of} per row")
         }

@@ -1,5 +1,6 @@
 //! What products with quantized weights and activations cost, by kind of layer: on what a trained transformer, the demo's,
-//! gives its layers while it draws. `--nocapture` prints the table. The codes are those of all devices; sums are f32's.
+//! gives its layers while it draws; and on inputs with outliers, which that has none of. `--nocapture` prints the tables. The codes are
+//! those of all devices; sums are f32's.
 #![allow(clippy::unwrap_used)] // helpers of tests may panic
 
 use std::{
@@ -23,9 +24,11 @@ type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 const STEPS: usize = 8;
 
 /// What is quantized, and the least cosine that any kind of layer may have then.
-const FORMS: [(Form, &str, f64); 4] = [
+const FORMS: [(Form, &str, f64); 5] = [
     (Form { of: Codes::Int8, activations: false }, "int8", 0.9999),
     (Form { of: Codes::Int8, activations: true }, "int8, activations too", 0.9995),
+    // What `--int8-activations` makes of dense weights: layers of whole groups are rotated, others are not.
+    (Form { of: Codes::RotatedInt8, activations: true }, "int8, activations too, rotated", 0.9995),
     (Form { of: Codes::Fp8, activations: false }, "fp8", 0.9995),
     (Form { of: Codes::Fp8, activations: true }, "fp8, activations too", 0.999),
 ];
@@ -36,14 +39,15 @@ struct Form {
     activations: bool,
 }
 
-/// Rows as their codes have them.
+/// Rows as their codes have them: those of rotated rows stay rotated, which products with other such rows do not see.
 fn coded(rows: &Tensor, of: Codes) -> candle_core::Result<Tensor> {
     let (count, width) = rows.dims2()?;
+    let of = of.with_inputs(width);
     let values = rows.flatten_all()?.to_vec1::<f32>()?;
     let (mut codes, mut scales) = (vec![0; values.len()], vec![0f32; count]);
     of.quantize_rows(&values, width, &mut codes, &mut scales).unwrap();
     let number = |(at, &code): (usize, &u8)| {
-        let code = if of == Codes::Int8 { f32::from(code as i8) } else { from_e4m3(code) };
+        let code = if of == Codes::Fp8 { from_e4m3(code) } else { f32::from(code as i8) };
         code * scales[at / width]
     };
     Tensor::from_vec(codes.iter().enumerate().map(number).collect(), (count, width), rows.device())
@@ -86,7 +90,7 @@ type Table = Arc<Mutex<BTreeMap<String, [Sums; FORMS.len()]>>>;
 struct Probe {
     kind: String,
     weight: Tensor,
-    coded: [Tensor; 2],
+    coded: HashMap<&'static str, Tensor>,
     table: Table,
 }
 
@@ -95,8 +99,7 @@ impl Side for Probe {
         let right = x.matmul(&self.weight.t()?)?;
         for (at, (form, ..)) in FORMS.iter().enumerate() {
             let x = if form.activations { coded(x, form.of)? } else { x.clone() };
-            let weight = &self.coded[usize::from(form.of == Codes::Fp8)];
-            let found = x.matmul(&weight.t()?)?;
+            let found = x.matmul(&self.coded[form.of.name()].t()?)?;
             let mut table = self.table.lock().unwrap();
             table.entry(self.kind.clone()).or_default()[at].add(&right, &found)?;
         }
@@ -135,7 +138,8 @@ fn quantized_products_keep_the_direction_of_each_kind_of_layer() -> Result<()> {
         let name = |part: &TargetPart| format!("{}.weight", part.name);
         let parts: Vec<Tensor> = target.parts.iter().map(|p| weights[&name(p)].clone()).collect();
         let weight = Tensor::cat(&parts, 0)?.to_dtype(candle_core::DType::F32)?;
-        let coded = [coded(&weight, Codes::Int8)?, coded(&weight, Codes::Fp8)?];
+        let coded = FORMS.map(|(form, ..)| Ok((form.of.name(), coded(&weight, form.of)?)));
+        let coded = coded.into_iter().collect::<Result<HashMap<_, _>>>()?;
         let (kind, table) = (kind(&target.parts), table.clone());
         target.side.set(Arc::new(Probe { kind, weight, coded, table }));
     }
@@ -176,4 +180,70 @@ fn quantized_products_keep_the_direction_of_each_kind_of_layer() -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Channels whose inputs are far larger than the rest: one alone in its group, two in another, one behind them.
+const OUTLIERS: [usize; 4] = [77, 1025, 1030, 2900];
+
+#[test]
+fn rotation_guards_products_in_int8_against_outliers() -> Result<()> {
+    const DIMS: (usize, usize, usize) = (96, 128, 3072);
+    let dev = Device::Cpu;
+    let (rows, outputs, inputs) = DIMS;
+    let normal = |seed, len: usize, shape| Tensor::from_vec(torch_normal(seed, len), shape, &dev);
+    println!(
+        "| outliers | int8, activations too | rotated | weights alone | weights alone, rotated |"
+    );
+    println!("|--:|--:|--:|--:|--:|");
+    // Weights that are alike, so that outliers are most of the output; and such as are as much smaller where outliers are, so that all
+    // channels count. The rounding of weights alone costs more then: `|x|` is mostly outliers, and the output is not.
+    let all = [1f32, 20., 50., 100.].map(|factor| [(factor, true), (factor, false)]);
+    for (factor, alike) in all.into_iter().flatten() {
+        let spread = |larger: f32| {
+            let mut of = vec![1f32; inputs];
+            OUTLIERS.iter().for_each(|&at| of[at] = larger);
+            Tensor::from_vec(of, (1, inputs), &dev)
+        };
+        let mut x = normal(1, rows * inputs, (rows, inputs))?.flatten_all()?.to_vec1::<f32>()?;
+        for row in x.chunks_exact_mut(inputs) {
+            // They keep their sign and about their size, as those of trained transformers do.
+            OUTLIERS.iter().for_each(|&at| row[at] = 1. + row[at] / 8.);
+        }
+        let x = Tensor::from_vec(x, (rows, inputs), &dev)?.broadcast_mul(&spread(factor)?)?;
+        let weight = normal(2, outputs * inputs, (outputs, inputs))?;
+        let weight = weight.broadcast_mul(&spread(if alike { 1. } else { 1. / factor })?)?;
+        let right = x.matmul(&weight.t()?)?;
+        let of = |of: Codes, activations: bool| -> Result<Sums> {
+            let w = coded(&weight, of)?;
+            let found = match (activations, of) {
+                (true, _) => coded(&x, of)?.matmul(&w.t()?)?,
+                (false, Codes::RotatedInt8) => rotated(&x)?.matmul(&w.t()?)?,
+                (false, _) => x.matmul(&w.t()?)?,
+            };
+            let mut sums = Sums::default();
+            sums.add(&right, &found)?;
+            Ok(sums)
+        };
+        let all = [
+            of(Codes::Int8, true)?,
+            of(Codes::RotatedInt8, true)?,
+            of(Codes::Int8, false)?,
+            of(Codes::RotatedInt8, false)?,
+        ];
+        let cells = all.map(|s| format!(" {:.5}, {:.2} % |", s.cosine(), 100. * s.relative()));
+        let kind = if alike { "weights alike" } else { "weights smaller" };
+        println!("| {factor} times, {kind} |{}", cells.concat());
+        let [plain, guarded, ..] = all.map(|sums| sums.cosine());
+        let least = if alike { 0.999 } else { 0.998 };
+        assert!(guarded >= least, "{factor} times, {kind}: rotated, cosine {guarded}");
+        assert!(factor < 50. || plain < 0.999, "{factor} times, {kind}: cosine {plain}");
+    }
+    Ok(())
+}
+
+fn rotated(rows: &Tensor) -> candle_core::Result<Tensor> {
+    let mut values = rows.flatten_all()?.to_vec1::<f32>()?;
+    let (_, width) = rows.dims2()?;
+    values.chunks_exact_mut(width).for_each(mmgp_quant::rotate);
+    Tensor::from_vec(values, rows.shape(), rows.device())
 }

@@ -5,6 +5,8 @@ use std::fmt;
 use crate::kernels::{
     fp8,
     int8::{self, NotFinite, Real},
+    rotated_int8,
+    rotation::GROUP,
 };
 
 /// Codes of a byte, with a scale per output channel.
@@ -15,6 +17,9 @@ pub enum Codes {
     Int8,
     /// Floating-point numbers with 4 bits of exponent and 3 of mantissa (e4m3).
     Fp8,
+    /// Whole numbers of rows that were rotated first: each group of 256 values times the Walsh-Hadamard matrix, which
+    /// spreads outliers over the group. A weight and its input are rotated both, or neither.
+    RotatedInt8,
 }
 
 impl Codes {
@@ -23,6 +28,35 @@ impl Codes {
         match self {
             Codes::Int8 => "int8",
             Codes::Fp8 => "fp8",
+            Codes::RotatedInt8 => "rotated_int8",
+        }
+    }
+
+    /// What a tensor of them is called behind the name of its weight. Those of rotated rows have a name of their own, since
+    /// whoever does not know of the rotation must not find codes there.
+    pub fn leaf(self) -> &'static str {
+        match self {
+            Codes::Int8 | Codes::Fp8 => "_data",
+            Codes::RotatedInt8 => "_hadamard256",
+        }
+    }
+
+    /// What weights become these codes for, if products may make their input `activations`: int8 with int8 is guarded
+    /// against outliers by a rotation.
+    #[must_use]
+    pub fn with_activations(self, activations: Option<Codes>) -> Self {
+        match (self, activations) {
+            (Codes::Int8, Some(Codes::Int8)) => Codes::RotatedInt8,
+            (of, _) => of,
+        }
+    }
+
+    /// What weights of so many inputs become in their place: rows that are no whole groups are not rotated.
+    #[must_use]
+    pub fn with_inputs(self, inputs: usize) -> Self {
+        match self {
+            Codes::RotatedInt8 if inputs == 0 || !inputs.is_multiple_of(GROUP) => Codes::Int8,
+            of => of,
         }
     }
 
@@ -41,6 +75,7 @@ impl Codes {
         match self {
             Codes::Int8 => int8::quantize(weight, inputs, codes, scales),
             Codes::Fp8 => fp8::quantize(weight, inputs, codes, scales),
+            Codes::RotatedInt8 => rotated_int8::quantize(weight, inputs, codes, scales),
         }
     }
 
@@ -58,6 +93,7 @@ impl Codes {
         match self {
             Codes::Int8 => int8::quantize_rows(weight, inputs, codes, scales),
             Codes::Fp8 => fp8::quantize_rows(weight, inputs, codes, scales),
+            Codes::RotatedInt8 => rotated_int8::quantize_rows(weight, inputs, codes, scales),
         }
     }
 }

@@ -51,6 +51,7 @@ pub use kernels::cuda::{
 };
 pub use kernels::fp8::{from_e4m3, to_e4m3};
 pub use kernels::int8::{NotFinite, Real, decode, quantize, quantize_rows};
+pub use kernels::rotation::rotate;
 pub use linear::{Bias, Linear};
 pub use low_rank::{Band, add_low_rank};
 pub use policy::QuantPolicy;

@@ -16,7 +16,7 @@ use half::{bf16, f16};
 
 use crate::{
     Codes, Error, Result,
-    kernels::{fp8, int8},
+    kernels::{fp8, int8, rotation::rotate_rows},
 };
 
 /// The dtypes that kernels exist for.
@@ -45,6 +45,14 @@ pub fn self_test(device: &candle_core::CudaDevice) -> Result<()> {
             on_gpu::expand(device, Codes::Fp8, (outputs, inputs), skipped, None, to)?;
         }
     }
+    for (outputs, inputs, skipped) in EXPANDED_ROTATED {
+        for scale in DTYPES {
+            for to in DTYPES {
+                let (of, shape) = (Codes::RotatedInt8, (outputs, inputs));
+                on_gpu::expand(device, of, shape, skipped, Some(scale), to)?;
+            }
+        }
+    }
     for (rows, outputs, skipped) in BIASED {
         for dtype in DTYPES {
             on_gpu::add_bias(device, (rows, outputs), skipped, dtype)?;
@@ -63,7 +71,14 @@ pub fn self_test(device: &candle_core::CudaDevice) -> Result<()> {
     for shape in INT8 {
         for dtype in [DType::BF16, DType::F16] {
             for scale in DTYPES {
-                on_gpu::w8a8(device, shape, dtype, scale)?;
+                on_gpu::w8a8(device, Codes::Int8, shape, dtype, scale)?;
+            }
+        }
+    }
+    for shape in INT8_ROTATED {
+        for dtype in [DType::BF16, DType::F16] {
+            for scale in DTYPES {
+                on_gpu::w8a8(device, Codes::RotatedInt8, shape, dtype, scale)?;
             }
         }
     }
@@ -117,6 +132,10 @@ const EXPANDED: [(usize, usize, usize); 8] = [
     (257, 1000, 1),
 ];
 
+/// The same of codes of rotated rows, which have whole groups.
+const EXPANDED_ROTATED: [(usize, usize, usize); 5] =
+    [(1, 256, 0), (5, 512, 0), (7, 256, 3), (9, 768, 16), (130, 1024, 0)];
+
 /// `(rows, outputs, skipped)` of products that a bias is added to.
 const BIASED: [(usize, usize, usize); 7] =
     [(1, 1, 0), (3, 7, 0), (17, 24, 0), (17, 24, 1), (300, 33, 8), (5, 4096, 0), (66_000, 8, 0)];
@@ -160,6 +179,10 @@ const INT8: [(usize, usize, usize); 7] = [
     (300, 48, 128),
     (3, 16, 24), // nothing multiplies these
 ];
+
+/// The same of rotated rows: a group, several warps, threads without a vector, longer rows than a thread keeps.
+const INT8_ROTATED: [(usize, usize, usize); 5] =
+    [(1, 64, 256), (3, 136, 512), (77, 33, 1280), (300, 48, 256), (3, 16, 33_024)];
 
 /// `(rows, outputs, inputs)` of rows that become e4m3: a vector, threads without one, longer rows than a thread keeps, and
 /// more outputs than a block has threads.
@@ -234,8 +257,11 @@ fn round(values: &mut [f32], dtype: DType) {
 fn expanded(of: Codes, codes: &[u8], inputs: usize, scales: &[f32], dtype: DType) -> Vec<f32> {
     let mut weight = vec![0.; codes.len()];
     match of {
-        Codes::Int8 => int8::expand(codes, inputs, scales, &mut weight),
+        Codes::Int8 | Codes::RotatedInt8 => int8::expand(codes, inputs, scales, &mut weight),
         Codes::Fp8 => fp8::expand(codes, inputs, scales, &mut weight),
+    }
+    if of == Codes::RotatedInt8 {
+        rotate_rows(&mut weight, inputs);
     }
     round(&mut weight, dtype);
     weight
@@ -310,6 +336,15 @@ fn quantized_by<C: Copy>(
         });
     }
     (codes, scales)
+}
+
+/// `x` `[rows, inputs]` as products with codes quantize it.
+fn turned(of: Codes, x: &[f32], inputs: usize) -> Vec<f32> {
+    let mut x = x.to_vec();
+    if of == Codes::RotatedInt8 {
+        rotate_rows(&mut x, inputs);
+    }
+    x
 }
 
 /// What `w8a8_*` computes, widened: exact sums of integers, then three roundings in f32 and the last to `dtype`.
@@ -491,6 +526,13 @@ mod tests {
         assert!(any(&|r, _, _| r > 128) && any(&|_, o, _| o > 128 && o % 128 != 0));
         assert!(any(&|_, _, i| i > 64 && i % 64 != 0) && any(&|_, _, i| i > 1024 * 32));
         assert!(any(&|_, o, i| o % 8 != 0 && i % 16 == 0) && any(&|_, _, i| i % 16 != 0));
+        // Of rotated rows: whole groups alone; one a row, more than a block has warps, and more than a thread keeps.
+        let whole = |inputs: usize| Codes::RotatedInt8.with_inputs(inputs) == Codes::RotatedInt8;
+        assert!(INT8_ROTATED.iter().all(|&(_, _, i)| whole(i)));
+        assert!(EXPANDED_ROTATED.iter().all(|&(_, i, _)| whole(i)));
+        assert!(INT8_ROTATED.iter().any(|&(r, _, i)| r > 256 && i == 256));
+        assert!(INT8_ROTATED.iter().any(|&(r, _, i)| r > 2 && i > 1024 * 32));
+        assert!(EXPANDED_ROTATED.iter().any(|&(_, _, s)| s % 8 != 0));
         // In fp8: the same quantization, and sides of 16 alone.
         assert!(
             FP8_ROWS.iter().any(|&(_, _, i)| i > 1024 * 32) && FP8_ROWS.iter().any(|s| s.1 > 1024)
@@ -513,6 +555,7 @@ mod tests {
         let of_w = codes(5 * inputs);
         let (scales, bias) = (values(5, 43, DType::F32), values(5, 47, dtype));
         let y = multiplied_in_int8(&x, &of_w, &scales, Some(&bias), inputs, dtype);
+        assert_eq!(turned(Codes::Int8, &x[2 * inputs..], inputs), &x[2 * inputs..]);
         assert_eq!(y[..5], bias);
         assert!(y[5..10].iter().all(|y| y.is_nan()));
 
@@ -531,6 +574,22 @@ mod tests {
                 assert!(off <= most + 2. * rounding, "off by {off}, {most} is allowed");
                 assert!(off > 0., "nothing was rounded");
             }
+        }
+    }
+
+    #[test]
+    fn products_of_rotated_codes_are_those_of_what_they_stand_for() {
+        let (inputs, dtype) = (512, DType::F32);
+        let x = values(3 * inputs, 41, dtype);
+        let (of_w, scales) = (codes(5 * inputs), values(5, 43, DType::F32));
+        let rotated = turned(Codes::RotatedInt8, &x, inputs);
+        let y = multiplied_in_int8(&rotated, &of_w, &scales, None, inputs, dtype);
+        let w = expanded(Codes::RotatedInt8, &of_w, inputs, &scales, DType::F32);
+        for (found, (expected, _)) in y.iter().zip(multiplied(&x, &w, None, inputs, dtype)) {
+            let off = (found - expected).abs();
+            let most = w.iter().map(|w| w.abs()).fold(0f32, f32::max);
+            // Half a code of each input, of 127 for 64 or so, in the mean.
+            assert!(off < 0.3 * most * (inputs as f32).sqrt(), "{found} {expected}");
         }
     }
 

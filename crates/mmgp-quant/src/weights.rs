@@ -282,7 +282,9 @@ impl Source for MemorySource {
             DType::F32 => Dtype::F32,
             DType::F64 => Dtype::F64,
             DType::U8 if self.fp8.contains(name) => Dtype::F8E4M3,
-            DType::U8 if name.ends_with("._data") => Dtype::I8,
+            DType::U8 if matches!(name.rsplit_once('.'), Some((_, "_data" | "_hadamard256"))) => {
+                Dtype::I8
+            }
             DType::U8 => Dtype::U8,
             DType::U32 => Dtype::U32,
             DType::I64 => Dtype::I64,

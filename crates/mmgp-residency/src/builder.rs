@@ -96,10 +96,11 @@ impl ModelBuilder {
     }
 
     /// Makes linear weights int8 or fp8 while they are read, as `policy` says; for modules that are built
-    /// from here on. A checkpoint that holds quantized weights is left as it is.
+    /// from here on. Where products with int8 make int8 of their input too, layers of a multiple of 256 inputs are
+    /// rotated ([`Codes::RotatedInt8`]). A checkpoint that holds quantized weights is left as it is.
     pub fn quantize(&mut self, policy: QuantPolicy) {
         if let Origin::Files(checkpoint) = &self.shared.origin
-            && checkpoint.iter().any(|view| view.name().ends_with("._data"))
+            && checkpoint.iter().any(|view| holds_codes(view.name()))
         {
             tracing::warn!("model `{}` is quantized already and stays as it is", self.name());
             return;
@@ -192,6 +193,12 @@ impl ModelBuilder {
     fn weights(&self, block: usize) -> Weights {
         Weights::new(BlockSource { shared: self.shared.clone(), block })
     }
+}
+
+/// Whether a tensor of this name holds a weight's codes.
+fn holds_codes(name: &str) -> bool {
+    let all = [Codes::Int8, Codes::Fp8, Codes::RotatedInt8];
+    name.rsplit_once('.').is_some_and(|(_, leaf)| all.iter().any(|of| of.leaf() == leaf))
 }
 
 /// Whether `name` is one of the factors of activations that stand beside a quantized weight. They
@@ -455,7 +462,9 @@ impl Source for BlockSource {
         let policy = self.shared.policy.lock();
         let policy = policy.as_ref().filter(|_| self.block != 0)?;
         let wanted = !parts.iter().any(|p| policy.excludes(&p.name)) && parts.iter().all(dense);
-        wanted.then(|| policy.codes())
+        let codes = policy.codes().with_activations(self.quantizes_activations());
+        let inputs = parts.first().and_then(|part| part.shape.get(1)).copied();
+        wanted.then(|| codes.with_inputs(inputs.unwrap_or(0)))
     }
 
     fn rounds_int8(&self) -> bool {

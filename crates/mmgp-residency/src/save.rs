@@ -5,6 +5,10 @@
 //! scales, then the rest. The format allows no gaps, so tensors whose size is no multiple of 256
 //! stand in a tail behind all blocks, and every other tensor starts at such a multiple. Names and
 //! metadata are quanto's and Python mmgp's.
+//!
+//! Codes of rotated rows ([`Codes::RotatedInt8`]) mean nothing to those, and must not be taken for codes of the weight as it was.
+//! So they have a name of their own, `_hadamard256` in place of `_data`, which is what marks them here; the map calls
+//! them `qint8_hadamard256`, and a file that has any is not `quanto` but `hadamard256`.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -25,8 +29,7 @@ const START: usize = 4096;
 const PIECE: usize = 8 << 20;
 /// Pieces that may wait for the disk.
 const PIECES: usize = 4;
-/// What quanto calls the names of codes and scales behind a weight's.
-const CODES: &str = "._data";
+/// What quanto calls the scales behind a weight's name.
 const SCALES: &str = "._scale";
 
 /// What a model became in a file.
@@ -84,7 +87,9 @@ impl Pager {
         let mut metadata = metadata.clone();
         metadata.insert("format".into(), "pt".into());
         if !quantized.is_empty() {
-            metadata.insert("quantization_format".into(), "quanto".into());
+            let rotated = items.iter().any(|item| rotated(&item.spec.name).is_some());
+            let format = if rotated { "hadamard256" } else { "quanto" };
+            metadata.insert("quantization_format".into(), format.into());
             let map = Value::Object(quantized.clone());
             metadata.insert("quantization_map_base64".into(), base64_json(&map));
         }
@@ -113,6 +118,8 @@ impl Pager {
 /// What a block becomes in the file, in the order in which its module asked.
 fn items_of(image: &BlockImage) -> Vec<Item> {
     let mut items = Vec::new();
+    let stored = image.tensors.iter().flat_map(|tensor| &tensor.segments);
+    let turned: HashSet<&str> = stored.filter_map(|s| rotated(s.source.name())).collect();
     for tensor in image.tensors.iter().filter(|t| t.making != Making::Scales) {
         for view in tensor.segments.iter().map(|segment| &segment.source) {
             let (name, shape) = (view.name(), view.shape());
@@ -124,13 +131,14 @@ fn items_of(image: &BlockImage) -> Vec<Item> {
                     let rows = shape.first().copied().unwrap_or(0);
                     let codes = From::Codes(to, view.clone());
                     let dtype = match to {
-                        Codes::Int8 => Dtype::I8,
+                        Codes::Int8 | Codes::RotatedInt8 => Dtype::I8,
                         Codes::Fp8 => Dtype::F8E4M3,
                     };
-                    push(format!("{name}{CODES}"), dtype, shape.to_vec(), codes, 0);
+                    push(format!("{name}.{}", to.leaf()), dtype, shape.to_vec(), codes, 0);
                     let scales = From::Scales(name.into());
                     push(format!("{name}{SCALES}"), view.dtype(), vec![rows, 1], scales, 1);
-                    Some((name.strip_suffix(".weight").unwrap_or(name), view.dtype()))
+                    let layer = name.strip_suffix(".weight").unwrap_or(name);
+                    (to != Codes::RotatedInt8).then_some((layer, view.dtype()))
                 }
                 _ => {
                     let class = match name {
@@ -145,7 +153,9 @@ fn items_of(image: &BlockImage) -> Vec<Item> {
                         From::View(view.clone()),
                         class,
                     );
-                    name.strip_suffix(".weight._scale").map(|layer| (layer, view.dtype()))
+                    let weight = name.strip_suffix(SCALES).filter(|w| !turned.contains(w));
+                    let layer = weight.and_then(|weight| weight.strip_suffix(".weight"));
+                    layer.map(|layer| (layer, view.dtype()))
                 }
             };
             // Of activations, which are not quantized; quanto wants them there.
@@ -179,15 +189,22 @@ fn in_order(blocks: Vec<Vec<Item>>) -> Vec<Item> {
     front
 }
 
+/// The name of the weight whose rotated codes are called `name`.
+fn rotated(name: &str) -> Option<&str> {
+    name.strip_suffix(Codes::RotatedInt8.leaf())?.strip_suffix('.')
+}
+
 /// quanto's quantization map: the layers whose weights are int8 or fp8.
 fn map_of(items: &[Item]) -> Map<String, Value> {
     let layer = |item: &Item| {
-        let weights = match item.spec.dtype {
-            Dtype::I8 => "qint8",
-            Dtype::F8E4M3 => "qfloat8_e4m3fn",
+        let name = &item.spec.name;
+        let (weights, weight) = match (item.spec.dtype, rotated(name)) {
+            (Dtype::I8, Some(weight)) => ("qint8_hadamard256", weight),
+            (Dtype::I8, None) => ("qint8", name.strip_suffix("._data")?),
+            (Dtype::F8E4M3, _) => ("qfloat8_e4m3fn", name.strip_suffix("._data")?),
             _ => return None,
         };
-        let name = item.spec.name.strip_suffix(".weight._data")?;
+        let name = weight.strip_suffix(".weight")?;
         Some((name.to_string(), json!({ "weights": weights, "activations": "none" })))
     };
     items.iter().filter_map(layer).collect()

@@ -35,6 +35,7 @@ pub struct Offload {
     pager: Pager,
     settings: Settings,
     activations: Activations,
+    weights_for: Activations,
     budgets: Budgets,
     adapters: Option<AdapterSet>,
     store: Option<Stored>,
@@ -54,6 +55,7 @@ pub struct OffloadBuilder {
     budgets: Budgets,
     store: Option<Stored>,
     gpu: GpuUse,
+    weights_for: Activations,
 }
 
 impl OffloadBuilder {
@@ -88,7 +90,8 @@ impl OffloadBuilder {
     }
 
     /// What products with int8 or fp8 weights take of their input. [`Activations::Int8`] is faster on GPUs that multiply
-    /// int8 by int8, with an error of about 1.2 % in each product of normal values, [`Activations::Fp8`] on those of
+    /// int8 by int8, with an error of about 1.2 % in each product of normal values, where dense weights that become int8 are
+    /// rotated against outliers; [`Activations::Fp8`] on those of
     /// compute capability 9.0, with one of about 3.7 %. Both need a GPU.
     #[must_use]
     pub fn activations(mut self, activations: Activations) -> Self {
@@ -103,6 +106,14 @@ impl OffloadBuilder {
     #[must_use]
     pub fn kernel_compiler(mut self, program: impl Into<PathBuf>) -> Self {
         self.gpu.compiler = Some(program.into());
+        self
+    }
+
+    /// What products will take of their input where the weights are used that are quantized here: for
+    /// [`Offload::convert`], which needs no GPU. Those for [`Activations::Int8`] are rotated against outliers.
+    #[must_use]
+    pub fn weights_for(mut self, activations: Activations) -> Self {
+        self.weights_for = activations;
         self
     }
 
@@ -143,6 +154,7 @@ impl OffloadBuilder {
         Ok(Offload {
             pager,
             activations: gpu.activations,
+            weights_for: self.weights_for,
             times: Times::new(self.store.as_ref().map(|s| s.store.times()), machine, &gpu),
             settings: self.settings,
             budgets: self.budgets,
@@ -162,6 +174,7 @@ impl Offload {
             budgets: Budget::Auto.into(),
             store: None,
             gpu: GpuUse::default(),
+            weights_for: Activations::default(),
         }
     }
 
@@ -189,12 +202,13 @@ impl Offload {
         let index = ModelIndex::read(dir.as_ref())?;
         let classes = index.classes();
         let quantize = self.settings.models_to_quantize(&classes)?;
+        let codes = match self.settings.quantization_type.get() {
+            QuantizationType::Qfloat8 => Codes::Fp8,
+            _ => Codes::Int8,
+        };
         let options = OpenOptions {
             quantize: quantize.into_iter().map(String::from).collect(),
-            codes: match self.settings.quantization_type.get() {
-                QuantizationType::Qfloat8 => Codes::Fp8,
-                _ => Codes::Int8,
-            },
+            codes: codes.with_activations(self.weights_for.codes()),
             exclude: self.settings.quantize_exclude.get().clone(),
             activations: self.activations,
             replaced: Vec::new(),
@@ -215,11 +229,12 @@ impl Offload {
             return Ok(options);
         }
         let making = Pager::new(&Device::Cpu)?;
-        // It only writes weights, which are the same whatever multiplies by them.
-        let weights = OpenOptions { activations: Activations::default(), ..options.clone() };
+        // It only writes weights, those that products with such activations read.
+        let codes = options.codes.with_activations(options.activations.codes());
+        let weights = OpenOptions { activations: Activations::default(), codes, ..options.clone() };
         let pipeline = open_pipeline(dir, &making, &weights)?;
         let sizes = making.plan(Budget::Min)?;
-        let mut recipe = format!("{} but {:?}", options.codes, options.exclude);
+        let mut recipe = format!("{codes} but {:?}", options.exclude);
         // Digests are of blocks as they lie in slots, where norms and biases have the compute dtype.
         let compute = self.pager.device().compute_dtype();
         if compute != DType::F32 {
@@ -490,5 +505,44 @@ impl<M> Module<M> {
     /// Those of `f`; a file that cannot be read; no room beside models in use.
     pub fn run<R>(&self, f: impl FnMut(&M) -> candle_core::Result<R>) -> Result<R> {
         Ok(self.0.pass()?.stem(f)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn the_store_keeps_rotated_codes_apart_from_plain_ones() {
+        let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../assets/tiny-flux");
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::at(dir.path()).with_spare(Bytes(1_000_000));
+        let offload = Offload::builder().device(DeviceChoice::Cpu).store(store, |_| ());
+        let offload = offload.build().unwrap();
+        let file = |activations| {
+            let quantize = vec!["transformer".to_string()];
+            let options = OpenOptions { quantize, activations, ..OpenOptions::default() };
+            let options = offload.stored(&demo, options).unwrap();
+            assert_eq!(options.activations, activations);
+            options.replaced[0].file.clone()
+        };
+        // The widths of this model are whole groups in the second layer of feed-forward blocks alone.
+        let leaves = |file: &Path| {
+            let file = Checkpoint::open(file).unwrap();
+            let codes = file.iter().filter(|view| view.name().contains("blocks.0.ff.net."));
+            let leaf = |name: &str| name.rsplit('.').next().unwrap().to_string();
+            let mut leaves: Vec<_> = codes.map(|view| leaf(view.name())).collect();
+            leaves.sort();
+            leaves.dedup();
+            leaves.into_iter().filter(|leaf| leaf.starts_with('_')).collect::<Vec<_>>()
+        };
+        let (plain, rotated) = (file(Activations::AsTheyAre), file(Activations::Int8));
+        assert_ne!(plain, rotated);
+        // The weights of fp8 activations are those of none.
+        assert_eq!(file(Activations::Fp8), plain);
+        assert_eq!(file(Activations::Int8), rotated);
+        assert_eq!(leaves(&plain), ["_data", "_scale"]);
+        assert_eq!(leaves(&rotated), ["_data", "_hadamard256", "_scale"]);
     }
 }

@@ -51,6 +51,19 @@ fn a_converted_pipeline_draws_what_the_original_draws() {
             }
         }
     }
+    // For int8 activations, which need a GPU; without them such weights draw nearly the same.
+    let rotated = ["--quantize", "int8", "--int8-activations"];
+    let run = convert(dir, "rotated", &rotated);
+    assert_eq!(run.code, Some(0), "{}", run.stderr);
+    let file = dir.join("rotated/transformer/diffusion_pytorch_model.safetensors");
+    let file = Checkpoint::open(file).unwrap();
+    let codes = file.get("transformer_blocks.0.ff.net.2.weight._hadamard256").unwrap();
+    assert_eq!(codes.dtype(), Dtype::I8);
+    let drawn = latents(dir, &["--model", "rotated", "--budget", "min"]);
+    assert_eq!(latents(dir, &["--model", "rotated"]), drawn);
+    assert_ne!(latents(dir, &["--quantize", "int8"]), drawn);
+    assert_eq!(convert(dir, "other", &["--int8-activations"]).code, Some(2));
+
     let again = convert(dir, "dense", &[]);
     assert!(again.code == Some(1) && again.stderr.contains("exists already"), "{}", again.stderr);
     assert_eq!(convert(dir, "dense", &["--overwrite"]).code, Some(0));

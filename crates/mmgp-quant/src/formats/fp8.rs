@@ -15,7 +15,7 @@ use mmgp_io::Dtype;
 
 use super::{
     dense::{floating, product, product_on_device, product_on_device_into, slice, writes_into},
-    int8::{of, widened},
+    int8::{named, widened},
 };
 #[cfg(feature = "cuda")]
 use crate::{CodedRows, Input};
@@ -62,9 +62,9 @@ impl Format for Fp8 {
             (codes, Some(source.tensor(parts, Form::Scales)?))
         } else if Self::with_scales(source, parts) {
             let inputs = parts.first().and_then(|p| p.shape.get(1)).copied();
-            let scales = of(parts, Self::SCALES, None);
+            let scales = named(parts, Self::SCALES, None);
             floating(source, &scales)?;
-            let codes = source.tensor(&of(parts, Self::CODES, inputs), Form::Bytes)?;
+            let codes = source.tensor(&named(parts, Self::CODES, inputs), Form::Bytes)?;
             (codes, Some(source.tensor(&scales, Form::AsStored)?))
         } else {
             for part in parts {

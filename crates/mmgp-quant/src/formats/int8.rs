@@ -7,6 +7,10 @@
 //! quanto and [`decode`](QuantTensor::decode) do. On CUDA it expands the whole weight to the compute
 //! dtype, for the time of one product; or, where the source allows that, makes the rows of the input int8 and
 //! multiplies in int8, with no expansion.
+//!
+//! Codes of rotated rows (`{layer}.weight._hadamard256` I8 `[outputs, inputs]`, scales as ever; see
+//! [`Codes::RotatedInt8`]) are multiplied with an input whose rows are rotated too, in f32. Where none can be, and in
+//! [`decode`](QuantTensor::decode), they are expanded to the weight that they stand for: rotated back, then rounded once.
 
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
@@ -20,10 +24,11 @@ use super::dense::{
 #[cfg(feature = "cuda")]
 use crate::{CodedRows, Input};
 use crate::{
-    Codes, Epilogue, Form, Format, Part, QuantTensor, Result, Source, Weights,
+    Codes, Epilogue, Error, Form, Format, Part, QuantTensor, Result, Source, Weights,
     kernels::{
         cpu::{Rounding, Rows},
-        int8,
+        int8, rotated_int8,
+        rotation::{self, rotate_rows},
     },
 };
 
@@ -31,12 +36,26 @@ use crate::{
 pub(crate) struct Int8;
 
 impl Int8 {
-    const CODES: &str = "_data";
     const SCALES: &str = "_scale";
+
+    /// The codes that are stored for all of `parts`.
+    fn stored(source: &dyn Source, parts: &[Part]) -> Option<Codes> {
+        [Codes::Int8, Codes::RotatedInt8].into_iter().find(|of| {
+            parts.iter().all(|part| {
+                let stored = source.stored(&format!("{}.{}", part.name, of.leaf()));
+                stored.is_some_and(|s| s.dtype == Dtype::I8)
+            })
+        })
+    }
+
+    /// The codes that dense `parts` are to become.
+    fn wanted(source: &dyn Source, parts: &[Part]) -> Option<Codes> {
+        source.quantizes(parts).filter(|of| matches!(of, Codes::Int8 | Codes::RotatedInt8))
+    }
 }
 
 /// The parts called `leaf` behind those of the weight, as wide as said, or of one column.
-pub(super) fn of(parts: &[Part], leaf: &str, inputs: Option<usize>) -> Vec<Part> {
+pub(super) fn named(parts: &[Part], leaf: &str, inputs: Option<usize>) -> Vec<Part> {
     let shape = |part: &Part| vec![part.shape[0], inputs.unwrap_or(1)];
     parts.iter().map(|p| Part { name: format!("{}.{leaf}", p.name), shape: shape(p) }).collect()
 }
@@ -47,30 +66,41 @@ impl Format for Int8 {
     }
 
     fn recognises(&self, weights: &Weights, parts: &[Part]) -> bool {
-        let codes = |part: &Part| {
-            let stored = weights.source().stored(&format!("{}.{}", part.name, Self::CODES));
-            stored.is_some_and(|s| s.dtype == Dtype::I8)
-        };
-        parts.iter().all(codes) || weights.source().quantizes(parts) == Some(Codes::Int8)
+        let source = weights.source();
+        Self::stored(source, parts).is_some() || Self::wanted(source, parts).is_some()
     }
 
     fn open(&self, weights: &Weights, parts: &[Part]) -> Result<Box<dyn QuantTensor>> {
         let source = weights.source();
-        if source.quantizes(parts) == Some(Codes::Int8) {
-            let codes = source.tensor(parts, Form::Codes(Codes::Int8))?;
-            let scales = source.tensor(parts, Form::Scales)?;
-            return Ok(Box::new(Int8Weight::new(codes, scales, source)));
-        }
         let inputs = parts.first().and_then(|p| p.shape.get(1)).copied();
-        let scales = of(parts, Self::SCALES, None);
+        let wanted = Self::wanted(source, parts);
+        let of = wanted.or_else(|| Self::stored(source, parts)).unwrap_or_default();
+        if of.with_inputs(inputs.unwrap_or(0)) != of {
+            return Err(Error::Invalid(format!(
+                "{}: `{}.{}` has {} inputs, which are no groups of {}",
+                source.origin(),
+                parts.first().map_or("", |part| &part.name),
+                of.leaf(),
+                inputs.unwrap_or(0),
+                rotation::GROUP
+            )));
+        }
+        if wanted.is_some() {
+            let codes = source.tensor(parts, Form::Codes(of))?;
+            let scales = source.tensor(parts, Form::Scales)?;
+            return Ok(Box::new(Int8Weight::new(of, codes, scales, source)));
+        }
+        let scales = named(parts, Self::SCALES, None);
         floating(source, &scales)?;
-        let codes = source.tensor(&of(parts, Self::CODES, inputs), Form::AsStored)?;
+        let codes = source.tensor(&named(parts, of.leaf(), inputs), Form::AsStored)?;
         let scales = source.tensor(&scales, Form::AsStored)?;
-        Ok(Box::new(Int8Weight::new(codes, scales, source)))
+        Ok(Box::new(Int8Weight::new(of, codes, scales, source)))
     }
 }
 
 struct Int8Weight {
+    /// Of rows as they are, or rotated.
+    of: Codes,
     /// U8 `[outputs, inputs]`, two's complement.
     codes: Tensor,
     /// bf16, f16 or f32 `[outputs, 1]`.
@@ -84,21 +114,21 @@ struct Int8Weight {
 
 impl QuantTensor for Int8Weight {
     fn format(&self) -> &'static str {
-        Int8.name()
+        self.of.name()
     }
 
     fn product(&self, x: &Tensor, bias: Option<&Tensor>) -> candle_core::Result<Tensor> {
         if !x.device().is_cpu() {
             #[cfg(feature = "cuda")]
             if self.activations
-                && let Some(y) = crate::kernels::cuda::w8a8(x, &self.codes, &self.scales, bias)?
+                && let Some(y) = self.in_int8(&x.into(), bias)?
             {
                 return Ok(y);
             }
             return product_on_device(x, &self.expanded(x.dtype())?, bias);
         }
-        let y =
-            x.apply_op3_no_bwd(&self.codes, &self.scales, &Product { rounded: self.rounded })?;
+        let by = Product { rounded: self.rounded, rotated: self.of == Codes::RotatedInt8 };
+        let y = x.apply_op3_no_bwd(&self.codes, &self.scales, &by)?;
         match bias {
             Some(bias) => y.broadcast_add(bias),
             None => Ok(y),
@@ -119,7 +149,8 @@ impl QuantTensor for Int8Weight {
         if self.activations {
             use crate::kernels::cuda::{Int8Kernel, w8a8_into};
             let (to, kernel) = ((epilogue, y), Int8Kernel::Fastest);
-            if w8a8_into(&x.into(), &self.codes, &self.scales, bias, to, kernel)? {
+            let codes = (self.of, &self.codes);
+            if w8a8_into(&x.into(), codes, &self.scales, bias, to, kernel)? {
                 return Ok(true);
             }
         }
@@ -129,7 +160,7 @@ impl QuantTensor for Int8Weight {
     #[cfg(feature = "cuda")]
     fn reads(&self, x: &Input) -> Option<Codes> {
         let read = self.activations && crate::kernels::cuda::reads_codes(x, self.codes.dims());
-        read.then_some(Codes::Int8)
+        read.then_some(self.of)
     }
 
     #[cfg(feature = "cuda")]
@@ -138,11 +169,9 @@ impl QuantTensor for Int8Weight {
         x: &CodedRows,
         bias: Option<&Tensor>,
     ) -> candle_core::Result<Tensor> {
-        use crate::kernels::cuda::{Int8Kernel, w8a8_of};
-        let x = Input::Codes(x.clone());
-        match w8a8_of(&x, &self.codes, &self.scales, bias, Int8Kernel::Fastest)? {
+        match self.in_int8(&Input::Codes(x.clone()), bias)? {
             Some(y) => Ok(y),
-            None => candle_core::bail!("int8 linear: codes {:?} that no kernel reads", x.dims()),
+            None => candle_core::bail!("{}: codes {:?} that no kernel reads", self.of, x.dims),
         }
     }
 
@@ -156,7 +185,8 @@ impl QuantTensor for Int8Weight {
     ) -> candle_core::Result<bool> {
         use crate::kernels::cuda::{Int8Kernel, w8a8_into};
         let (to, kernel) = ((epilogue, y), Int8Kernel::Fastest);
-        w8a8_into(&Input::Codes(x.clone()), &self.codes, &self.scales, bias, to, kernel)
+        let codes = (self.of, &self.codes);
+        w8a8_into(&Input::Codes(x.clone()), codes, &self.scales, bias, to, kernel)
     }
 
     fn decode(&self) -> candle_core::Result<Tensor> {
@@ -165,17 +195,27 @@ impl QuantTensor for Int8Weight {
 }
 
 impl Int8Weight {
-    fn new(codes: Tensor, scales: Tensor, source: &dyn Source) -> Self {
-        let rounded = source.rounds_int8();
+    fn new(of: Codes, codes: Tensor, scales: Tensor, source: &dyn Source) -> Self {
+        // quanto has no rotated codes.
+        let rounded = source.rounds_int8() && of == Codes::Int8;
         let activations = source.quantizes_activations() == Some(Codes::Int8);
-        Self { codes, scales, rounded, activations }
+        Self { of, codes, scales, rounded, activations }
+    }
+
+    /// The product in int8, where there is one.
+    #[cfg(feature = "cuda")]
+    fn in_int8(&self, x: &Input, bias: Option<&Tensor>) -> candle_core::Result<Option<Tensor>> {
+        use crate::kernels::cuda::{Int8Kernel, w8a8_of};
+        let codes = (self.of, &self.codes);
+        w8a8_of(x, codes, &self.scales, bias, Int8Kernel::Fastest)
     }
 
     /// The whole weight in `dtype`, through the scale's dtype where that rounding is wanted.
     fn expanded(&self, dtype: DType) -> candle_core::Result<Tensor> {
         let stored = self.scales.dtype();
         let through = if self.rounded && stored != DType::F32 { stored } else { dtype };
-        self.codes.apply_op2_no_bwd(&self.scales, &Decode { dtype: through })?.to_dtype(dtype)
+        let decode = Decode { of: self.of, dtype: through };
+        self.codes.apply_op2_no_bwd(&self.scales, &decode)?.to_dtype(dtype)
     }
 }
 
@@ -191,6 +231,8 @@ pub(super) fn widened(storage: &CpuStorage, layout: &Layout) -> candle_core::Res
 
 struct Product {
     rounded: bool,
+    /// Whether rows of the input are rotated first, as those of the weight were.
+    rotated: bool,
 }
 
 impl CustomOp3 for Product {
@@ -218,12 +260,20 @@ impl CustomOp3 for Product {
             candle_core::bail!("int8: {} scales for {outputs} outputs", scales.len());
         }
         let rows = Rows::Int8 { codes: slice::<u8>(codes, lc)?, scales: &scales, rounding };
-        product((x, lx), rows, (outputs, inputs), None)
+        if !self.rotated {
+            return product((x, lx), rows, (outputs, inputs), None);
+        }
+        let mut x = slice::<f32>(x, lx)?.to_vec();
+        rotate_rows(&mut x, inputs);
+        let lx = Layout::contiguous(lx.shape());
+        product((&CpuStorage::F32(x), &lx), rows, (outputs, inputs), None)
     }
 }
 
 /// `code · scale` of a whole weight, rounded once to `dtype`; on the CPU that is the scale's.
 pub(crate) struct Decode {
+    /// Of rows as they are, or rotated: those are rotated back.
+    pub(crate) of: Codes,
     // Only kernels of GPUs can round to another dtype than the scale's.
     #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
     pub(crate) dtype: DType,
@@ -242,20 +292,26 @@ impl CustomOp2 for Decode {
         ls: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
         fn run<T: int8::Real + bytemuck::Zeroable>(
+            of: Codes,
             codes: &[u8],
             inputs: usize,
             scales: &[T],
         ) -> Vec<T> {
             let mut weight = bytemuck::allocation::zeroed_vec(codes.len());
-            int8::decode(codes, inputs, scales, &mut weight);
+            match of {
+                Codes::RotatedInt8 => rotated_int8::decode(codes, inputs, scales, &mut weight),
+                _ => int8::decode(codes, inputs, scales, &mut weight),
+            }
             weight
         }
         let (outputs, inputs) = lc.shape().dims2()?;
-        let all = slice::<u8>(codes, lc)?;
+        let (of, all) = (self.of, slice::<u8>(codes, lc)?);
         let storage = match scales {
-            CpuStorage::BF16(_) => CpuStorage::BF16(run(all, inputs, slice::<bf16>(scales, ls)?)),
-            CpuStorage::F16(_) => CpuStorage::F16(run(all, inputs, slice::<f16>(scales, ls)?)),
-            CpuStorage::F32(_) => CpuStorage::F32(run(all, inputs, slice::<f32>(scales, ls)?)),
+            CpuStorage::BF16(_) => {
+                CpuStorage::BF16(run(of, all, inputs, slice::<bf16>(scales, ls)?))
+            }
+            CpuStorage::F16(_) => CpuStorage::F16(run(of, all, inputs, slice::<f16>(scales, ls)?)),
+            CpuStorage::F32(_) => CpuStorage::F32(run(of, all, inputs, slice::<f32>(scales, ls)?)),
             _ => candle_core::bail!("int8: the scales are not leased, or of another dtype"),
         };
         Ok((storage, Shape::from((outputs, inputs))))
@@ -269,6 +325,106 @@ impl CustomOp2 for Decode {
         scales: &CudaStorage,
         ls: &Layout,
     ) -> candle_core::Result<(CudaStorage, Shape)> {
-        crate::kernels::cuda::expand(Codes::Int8, (codes, lc), Some((scales, ls)), self.dtype)
+        crate::kernels::cuda::expand(self.of, (codes, lc), Some((scales, ls)), self.dtype)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use candle_core::Device;
+
+    use super::*;
+    use crate::{Bias, CodedRows, Input, Linear, MemorySource};
+
+    const DIMS: (usize, usize) = (70, 512);
+
+    fn rand(shape: &[usize]) -> Tensor {
+        Tensor::randn(0f32, 1., shape, &Device::Cpu).unwrap()
+    }
+
+    /// Codes and scales of `dtype` that a dense weight becomes.
+    fn quantized(of: Codes, weight: &Tensor) -> (Tensor, Tensor) {
+        let (outputs, inputs) = weight.dims2().unwrap();
+        let values: Vec<f32> = weight.flatten_all().unwrap().to_vec1().unwrap();
+        let (mut codes, mut scales) = (vec![0; values.len()], vec![0f32; outputs]);
+        of.quantize(&values, inputs, &mut codes, &mut scales).unwrap();
+        let codes = Tensor::from_vec(codes, (outputs, inputs), &Device::Cpu).unwrap();
+        (codes, Tensor::from_vec(scales, (outputs, 1), &Device::Cpu).unwrap())
+    }
+
+    fn layer(of: Codes, weight: &Tensor) -> Linear {
+        let (codes, scales) = quantized(of, weight);
+        let source = MemorySource::new(&Device::Cpu)
+            .with(format!("weight.{}", of.leaf()), codes)
+            .with("weight._scale", scales);
+        let (outputs, inputs) = weight.dims2().unwrap();
+        Weights::new(source).linear(inputs, outputs, Bias::No).unwrap()
+    }
+
+    fn largest(t: &Tensor) -> f32 {
+        t.abs().unwrap().max_all().unwrap().to_scalar().unwrap()
+    }
+
+    #[test]
+    fn a_rotated_weight_stands_for_what_it_was() {
+        let (weight, x) = (rand(&[DIMS.0, DIMS.1]), rand(&[5, DIMS.1]));
+        let rotated = layer(Codes::RotatedInt8, &weight);
+        assert_eq!(rotated.format(), "rotated_int8");
+        // Half a code of each weight, of at most 127 for about four deviations; rotated back that is as much again in the mean.
+        let decoded = rotated.decode().unwrap();
+        assert!(largest(&(&decoded - &weight).unwrap()) < 0.1);
+        // The product rotates its input: it is that of the weight that was decoded, but for sums in f32.
+        let expected = x.matmul(&decoded.t().unwrap()).unwrap();
+        let y = rotated.forward(&x).unwrap();
+        assert!(largest(&(&y - &expected).unwrap()) < 1e-3);
+        // The same codes without the mark are another weight.
+        let (codes, scales) = quantized(Codes::RotatedInt8, &weight);
+        let source = MemorySource::new(&Device::Cpu)
+            .with("weight._data", codes)
+            .with("weight._scale", scales);
+        let plain = Weights::new(source).linear(DIMS.1, DIMS.0, Bias::No).unwrap();
+        assert_eq!(plain.format(), "int8");
+        assert!(largest(&(plain.forward(&x).unwrap() - expected).unwrap()) > 10.);
+    }
+
+    #[test]
+    fn rotated_rows_stand_for_numbers() {
+        let x = rand(&[3, DIMS.1]);
+        let (codes, scales) = quantized(Codes::RotatedInt8, &x);
+        let dims = vec![1, 3, DIMS.1];
+        let of = Codes::RotatedInt8;
+        let input = Input::Codes(CodedRows { of, codes, scales, dtype: DType::F32, dims });
+        let numbers = input.numbers().unwrap();
+        assert_eq!(numbers.dims(), [1, 3, DIMS.1]);
+        assert!(largest(&(numbers.squeeze(0).unwrap() - &x).unwrap()) < 0.1);
+        let weight = rand(&[DIMS.0, DIMS.1]);
+        for of in [Codes::Int8, Codes::RotatedInt8] {
+            let layer = layer(of, &weight);
+            let expected = layer.forward(&numbers).unwrap();
+            let y = layer.forward_input(&input).unwrap();
+            assert_eq!(largest(&(y - expected).unwrap()), 0.);
+        }
+    }
+
+    #[test]
+    fn rotated_rows_are_whole_groups_and_not_joined_with_others() {
+        let weight = rand(&[8, 320]);
+        let (codes, scales) = quantized(Codes::Int8, &weight);
+        let source = MemorySource::new(&Device::Cpu)
+            .with("up.weight._hadamard256", codes)
+            .with("up.weight._scale", scales);
+        let error = Weights::new(source).pp("up").linear(320, 8, Bias::No).unwrap_err().to_string();
+        for part in ["`up.weight._hadamard256`", "320", "256"] {
+            assert!(error.contains(part), "no {part} in: {error}");
+        }
+        let (codes, scales) = quantized(Codes::Int8, &rand(&[8, 256]));
+        let source = MemorySource::new(&Device::Cpu)
+            .with("q.weight._hadamard256", codes.clone())
+            .with("q.weight._scale", scales.clone())
+            .with("k.weight._data", codes)
+            .with("k.weight._scale", scales);
+        let layers = [("q", 8), ("k", 8)];
+        assert!(Weights::new(source).linear_joined(&layers, 256, Bias::No).is_err());
     }
 }

@@ -16,7 +16,9 @@ pub(crate) fn decoded(
     dtype: DType,
 ) -> candle_core::Result<Tensor> {
     match of {
-        Codes::Int8 => codes.apply_op2_no_bwd(scales, &int8::Decode { dtype }),
+        Codes::Int8 | Codes::RotatedInt8 => {
+            codes.apply_op2_no_bwd(scales, &int8::Decode { of, dtype })
+        }
         Codes::Fp8 => codes.apply_op2_no_bwd(scales, &fp8::Decode { dtype }),
     }?
     .to_dtype(dtype)

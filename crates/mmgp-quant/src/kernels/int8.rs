@@ -75,10 +75,23 @@ pub(super) fn quantize_all<E: Encoding, T: Real>(
     codes: &mut [u8],
     scales: &mut [T],
 ) -> Result<(), NotFinite> {
-    if inputs == 0 {
-        return quantize_with::<E, T>(Isa::detected(), weight, inputs, codes, scales);
-    }
     let isa = Isa::detected();
+    in_tasks(weight, inputs, codes, scales, |weight, codes, scales| {
+        quantize_with::<E, T>(isa, weight, inputs, codes, scales)
+    })
+}
+
+/// Has `quantize` make codes and scales of some rows at a time, on all threads of the current pool.
+pub(super) fn in_tasks<T: Real>(
+    weight: &[T],
+    inputs: usize,
+    codes: &mut [u8],
+    scales: &mut [T],
+    quantize: impl Fn(&[T], &mut [u8], &mut [T]) -> Result<(), NotFinite> + Sync,
+) -> Result<(), NotFinite> {
+    if inputs == 0 {
+        return quantize(weight, codes, scales);
+    }
     let rows = (TASK / inputs).max(1);
     let weight = weight.par_chunks(rows * inputs);
     let result = weight
@@ -86,7 +99,7 @@ pub(super) fn quantize_all<E: Encoding, T: Real>(
         .zip(scales.par_chunks_mut(rows))
         .enumerate()
         .find_map_first(|(task, ((weight, codes), scales))| {
-            let fault = quantize_with::<E, T>(isa, weight, inputs, codes, scales).err()?;
+            let fault = quantize(weight, codes, scales).err()?;
             Some(NotFinite { row: fault.row + task * rows, ..fault })
         });
     result.map_or(Ok(()), Err)
@@ -124,7 +137,7 @@ pub(super) fn quantize_with<E: Encoding, T: Real>(
             let column = weight.iter().position(|w| w.magnitude() >= T::INFINITY).unwrap_or(0);
             return Err(NotFinite { row, column });
         }
-        *scale = scale_of(amax, E::MOST);
+        *scale = scale_of(T::of_magnitude(amax).widen(), E::MOST);
         let scale = scale.widen();
         isa.run(|| E::encode(weight, scale, codes));
     }
@@ -153,7 +166,7 @@ pub(crate) fn expand(codes: &[u8], inputs: usize, scales: &[f32], out: &mut [f32
     }
 }
 
-fn expand_row(isa: Isa, codes: &[u8], scale: f32, out: &mut [f32]) {
+pub(super) fn expand_row(isa: Isa, codes: &[u8], scale: f32, out: &mut [f32]) {
     isa.run(|| {
         for (out, &code) in out.iter_mut().zip(codes) {
             *out = f32::from(code as i8) * scale;
@@ -161,18 +174,19 @@ fn expand_row(isa: Isa, codes: &[u8], scale: f32, out: &mut [f32]) {
     });
 }
 
-fn scale_of<T: Real>(amax: T::Magnitude, most: f32) -> T {
-    let scale = T::round(T::of_magnitude(amax).widen() / most);
+/// The scale that makes `amax` the code `most`.
+pub(super) fn scale_of<T: Real>(amax: f32, most: f32) -> T {
+    let scale = T::round(amax / most);
     if scale.widen() == 0. { T::round(1.) } else { scale }
 }
 
 #[inline(always)]
-fn amax<T: Real>(row: &[T]) -> T::Magnitude {
+pub(super) fn amax<T: Real>(row: &[T]) -> T::Magnitude {
     row.iter().fold(T::ZERO, |amax, w| amax.max(w.magnitude()))
 }
 
 #[inline(always)]
-fn encode<T: Real>(row: &[T], scale: f32, codes: &mut [u8]) {
+pub(super) fn encode<T: Real>(row: &[T], scale: f32, codes: &mut [u8]) {
     // 1.5 · 2^23: the sum has no room for a fraction, so adding it rounds half to even, and leaves
     // the number in the low bits, negative ones as their two's complement.
     const ROUND: f32 = 12_582_912.;

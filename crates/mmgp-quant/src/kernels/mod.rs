@@ -6,3 +6,5 @@ pub(crate) mod cuda;
 pub(crate) mod fp8;
 pub(crate) mod int8;
 mod isa;
+pub(crate) mod rotated_int8;
+pub(crate) mod rotation;

@@ -4,7 +4,7 @@ use candle_core::{CudaDevice, DType, Device, Tensor};
 
 use super::{
     Activated, Added, activated, biased, codes, compare, compare_near, expanded, multiplied,
-    multiplied_in_fp8, multiplied_in_int8, quantized, quantized_to_fp8, values,
+    multiplied_in_fp8, multiplied_in_int8, quantized, quantized_to_fp8, turned, values,
 };
 use crate::{
     CodedRows, Codes, Epilogue, Error, Input, Result,
@@ -34,7 +34,9 @@ pub(super) fn expand(
         };
         let scales = on(device, &scales, scale)?.reshape((outputs, 1))?;
         back(&match of {
-            Codes::Int8 => codes.apply_op2_no_bwd(&scales, &int8::Decode { dtype: to })?,
+            Codes::Int8 | Codes::RotatedInt8 => {
+                codes.apply_op2_no_bwd(&scales, &int8::Decode { of, dtype: to })?
+            }
             Codes::Fp8 => codes.apply_op2_no_bwd(&scales, &fp8::Decode { dtype: to })?,
         })
     };
@@ -139,16 +141,17 @@ pub(super) fn add_product(device: &CudaDevice, added: &Added, dtype: DType) -> R
     compare(&kernel, (rows, width), &found, &run()?.unwrap_or_default())
 }
 
-/// Both kernels, and the quantization before them, give the bits of their twin.
+/// Both kernels, and the quantization before them, give the bits of their twin: of rows as they are, or rotated.
 pub(super) fn w8a8(
     device: &CudaDevice,
+    of: Codes,
     (rows, outputs, inputs): (usize, usize, usize),
     dtype: DType,
     scale: DType,
 ) -> Result<()> {
     let kernel = format!(
         "{}_{}",
-        cuda::quantize_name(Codes::Int8, dtype, scale)?,
+        cuda::quantize_name(of, dtype, scale)?,
         cuda::w8a8_name(dtype, Epilogue::None)?
     );
     let mut x = values(rows * inputs, 41, dtype);
@@ -178,22 +181,26 @@ pub(super) fn w8a8(
             let codes = codes.reshape((outputs, inputs))?;
             let scales = place(&scales, skipped, &[outputs, 1], scale)?;
             let bias = bias.map(|bias| place(bias, skipped, &[outputs], dtype)).transpose()?;
-            let y = cuda::w8a8_by(&x, &codes, &scales, bias.as_ref(), by)?;
+            let y = cuda::w8a8_of(&x.into(), (of, &codes), &scales, bias.as_ref(), by)?;
             y.as_ref().map(back).transpose()
         };
-        let expected = multiplied_in_int8(&x, &codes, &scales, bias, inputs, dtype);
+        let turned = turned(of, &x, inputs);
+        let expected = multiplied_in_int8(&turned, &codes, &scales, bias, inputs, dtype);
         // The input as the codes that become of it.
-        let (made, of_rows) = quantized(&x, inputs);
+        let (made, of_rows) = quantized(&turned, inputs);
         let made: Vec<u8> = made.iter().map(|&code| code as u8).collect();
         let of_codes = || {
-            let read = coded(device, Codes::Int8, (&made, &of_rows), inputs, dtype)?;
+            let read = coded(device, of, (&made, &of_rows), inputs, dtype)?;
             let there = Tensor::new(codes.as_slice(), &Device::Cpu)?;
             let there = there.to_device(&Device::Cuda(device.clone()))?;
             let there = there.reshape((outputs, inputs))?;
             let scales = place(&scales, 0, &[outputs, 1], scale)?;
             let bias = bias.map(|bias| place(bias, 0, &[outputs], dtype)).transpose()?;
             let by = Int8Kernel::Fastest;
-            cuda::w8a8_of(&read, &there, &scales, bias.as_ref(), by)?.as_ref().map(back).transpose()
+            cuda::w8a8_of(&read, (of, &there), &scales, bias.as_ref(), by)?
+                .as_ref()
+                .map(back)
+                .transpose()
         };
         if let Some(found) = of_codes().map_err(|error| not_run(&kernel, shape, error))? {
             compare(&kernel, shape, &expected, &found)?;
@@ -286,7 +293,7 @@ pub(super) fn activated_w8a8(device: &CudaDevice, of: &Activated, dtype: DType) 
             let codes = codes.reshape((outputs, inputs))?;
             let scales = on(device, &scales, DType::F32)?.reshape((outputs, 1))?;
             let (bias, to) = (on(device, &bias, dtype)?, (Epilogue::GeluTanh, y));
-            cuda::w8a8_into(&x.into(), &codes, &scales, Some(&bias), to, by)
+            cuda::w8a8_into(&x.into(), (Codes::Int8, &codes), &scales, Some(&bias), to, by)
         })?;
         let error = || candle_core::Error::msg("no kernel takes this shape");
         let found = found.ok_or_else(|| not_run(&kernel, (of.rows, outputs), error()))?;

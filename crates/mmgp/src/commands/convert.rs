@@ -2,14 +2,14 @@
 
 use std::path::PathBuf;
 
-use mmgp::{DeviceChoice, Offload, Overwrite, Settings};
+use mmgp::{Activations, DeviceChoice, Offload, Overwrite, Settings};
 
 use super::quantize::Quantize;
 
 /// Write a pipeline anew: each model as one file in the order in which it streams, int8 or fp8 if wanted.
 ///
 /// A converted pipeline starts as fast as its file can be read, and codes are not made again at each
-/// start. Python's safetensors, quanto and mmgp read the files too.
+/// start. Python's safetensors, quanto and mmgp read the files too, but for rotated weights.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Example:
@@ -24,6 +24,11 @@ pub(crate) struct Args {
     #[command(flatten)]
     quantize: Quantize,
 
+    /// Make int8 weights for `generate --int8-activations`: rotated against outliers where a layer has a multiple of 256
+    /// inputs, which this program alone reads
+    #[arg(long, requires = "quantize")]
+    int8_activations: bool,
+
     /// Replace files that exist
     #[arg(long)]
     overwrite: bool,
@@ -33,7 +38,12 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let mut settings = Settings::default();
     args.quantize.apply(&mut settings)?;
     let overwrite = if args.overwrite { Overwrite::Yes } else { Overwrite::No };
-    let mut offload = Offload::builder().device(DeviceChoice::Cpu).settings(settings).build()?;
+    let builder = Offload::builder().device(DeviceChoice::Cpu).settings(settings);
+    let builder = match args.int8_activations {
+        true => builder.weights_for(Activations::Int8),
+        false => builder,
+    };
+    let mut offload = builder.build()?;
     offload.convert(&args.from, &args.to, overwrite, |part| {
         let saved = part.saved;
         let quantized = match saved.quantized {

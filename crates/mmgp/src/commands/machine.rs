@@ -45,7 +45,8 @@ pub(crate) struct Machine {
 
     /// Multiply int8 weights by int8 activations, made row by row: faster on GPUs with int8 tensor cores, with an error
     /// of about 1.2 % in each product of normal values (less exact than int8 weights alone). Acts where weights are
-    /// int8, as --quantize makes them; needs a GPU
+    /// int8, as --quantize makes them, rotated against outliers where a layer has a multiple of 256 inputs; int8 files are
+    /// taken as they are; needs a GPU
     #[arg(long)]
     int8_activations: bool,
 
@@ -117,7 +118,7 @@ impl Machine {
         let pipeline = offload.pipeline(dir)?;
         if let Some(codes) = self.activations().codes() {
             let form = match codes {
-                Codes::Int8 => "u8",
+                Codes::Int8 | Codes::RotatedInt8 => "u8",
                 Codes::Fp8 => "fp8",
             };
             let has = |of: &str| of.split('+').any(|dtype| dtype == form);

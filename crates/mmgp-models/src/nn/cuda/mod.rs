@@ -290,6 +290,11 @@ fn normed_into<T: Element>(
     if codes.is_some() && (!width.is_multiple_of(T::VECTOR) || T::DTYPE == DType::F32) {
         bail!("norm: no codes of rows of {width} values in {:?}", T::DTYPE);
     }
+    if let Some(of) = codes
+        && of.with_inputs(width as usize) != of
+    {
+        bail!("norm: rows of {width} values are no groups for {of}");
+    }
     let Device::Cuda(device) = x.device() else {
         bail!("nn: a kernel of the GPU was given a tensor of another device");
     };

@@ -17,6 +17,9 @@
 #include <cuda_fp16.h>
 #include <cuda_fp8.h>
 #include <cstdint>
+#include <type_traits>
+
+#include "../../../../mmgp-quant/src/kernels/cuda/rotation.cuh"
 
 typedef uint32_t u32;
 typedef unsigned long long u64;
@@ -458,13 +461,6 @@ struct GateNorm {
     double eps;
 };
 
-// The larger of two numbers; no number if either is none.
-static __device__ __forceinline__ float larger(float a, float b) {
-    float most;
-    asm("max.NaN.f32 %0, %1, %2;" : "=f"(most) : "f"(a), "f"(b));
-    return most;
-}
-
 // The largest of the threads' `v`, as `over_row` has their sum.
 static __device__ __forceinline__ float largest_of_row(float v, float *shared) {
     const u32 lanes = blockDim.x;
@@ -489,12 +485,21 @@ struct Int8 {
         return (__float2int_rn(low) & 255) | (__float2int_rn(high) & 255) << 8;
     }
 };
+struct RotatedInt8 : Int8 {}; // of rows of whole groups
 struct Fp8 {
     static constexpr float MOST = 448.f;
     static __device__ __forceinline__ u32 codes(float low, float high) {
         return __nv_cvt_float2_to_fp8x2(make_float2(low, high), __NV_SATFINITE, __NV_E4M3);
     }
 };
+
+// A vector as codes are made of it: in f32, and its group rotated, of which a warp then has all vectors.
+template <typename To, typename T>
+static __device__ __forceinline__ void widened(const Vector<T> &from, float (&to)[Vector<T>::N]) {
+#pragma unroll
+    for (u32 i = 0; i < Vector<T>::N; i++) to[i] = wide(from.v[i]);
+    if constexpr (std::is_same<To, RotatedInt8>::value) rotate(to);
+}
 
 // Writes rows that `made(vector, values)` gives vector by vector, each time the same.
 template <typename To, typename T, bool WHOLE> struct Sink {
@@ -506,9 +511,10 @@ template <typename To, typename T, bool WHOLE> struct Sink {
         constexpr float LEAST = 1e-30f;
         float magnitude = 0.f;
         row.each([&](u32 vector, const Vector<T> &of) {
-            const Vector<T> y = made(vector, of);
+            float y[N];
+            widened<To>(made(vector, of), y);
 #pragma unroll
-            for (u32 i = 0; i < N; i++) magnitude = larger(magnitude, fabsf(wide(y.v[i])));
+            for (u32 i = 0; i < N; i++) magnitude = larger(magnitude, fabsf(y[i]));
         });
         magnitude = largest_of_row(magnitude, shared);
         const bool finite = magnitude < INFINITY; // no NaN either
@@ -520,12 +526,13 @@ template <typename To, typename T, bool WHOLE> struct Sink {
         // The host promises whole vectors, and codes that begin where eight of them may.
         u32 *to = reinterpret_cast<u32 *>(static_cast<uint8_t *>(p.out) + (u64)at * (u32)p.width);
         row.each([&](u32 vector, const Vector<T> &of) {
-            const Vector<T> y = made(vector, of);
+            float y[N];
+            widened<To>(made(vector, of), y);
             u32 words[N / 4] = {};
 #pragma unroll
             for (u32 i = 0; i < N / 2; i++) {
-                const float low = __fmul_rn(wide(y.v[2 * i]), inverse);
-                const float high = __fmul_rn(wide(y.v[2 * i + 1]), inverse);
+                const float low = __fmul_rn(y[2 * i], inverse);
+                const float high = __fmul_rn(y[2 * i + 1], inverse);
                 if (some) words[i / 2] |= To::codes(low, high) << (i % 2 * 16);
             }
 #pragma unroll
@@ -1016,8 +1023,10 @@ static __device__ __forceinline__ void in_turn() {
 #define CODED(T, SUFFIX)                                                                           \
     KERNEL(norm_int8_##SUFFIX, 3, GateNorm, gate_norm<T, Int8, false>)                             \
     KERNEL(norm_fp8_##SUFFIX, 3, GateNorm, gate_norm<T, Fp8, false>)                               \
+    KERNEL(norm_rotated_int8_##SUFFIX, 3, GateNorm, gate_norm<T, RotatedInt8, false>)              \
     KERNEL(gate_norm_int8_##SUFFIX, 3, GateNorm, gate_norm<T, Int8, true>)                         \
-    KERNEL(gate_norm_fp8_##SUFFIX, 3, GateNorm, gate_norm<T, Fp8, true>)
+    KERNEL(gate_norm_fp8_##SUFFIX, 3, GateNorm, gate_norm<T, Fp8, true>)                           \
+    KERNEL(gate_norm_rotated_int8_##SUFFIX, 3, GateNorm, gate_norm<T, RotatedInt8, true>)
 
 KERNELS(__nv_bfloat16, bf16)
 KERNELS(__half, f16)

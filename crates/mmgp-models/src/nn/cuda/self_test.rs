@@ -21,6 +21,8 @@ const EPS: f64 = 1e-6;
 /// Widths of rows: a value, less than a vector, ragged ends, a warp, a head, several warps, more than a block
 /// holds.
 const WIDTHS: [usize; 9] = [1, 3, 12, 44, 128, 257, 3072, 3073, 9000];
+/// Others of whole groups: one, which a warp has, and more than threads keep.
+const GROUPED: [usize; 2] = [256, 9216];
 
 /// Runs each kernel and compares with the CPU.
 ///
@@ -432,7 +434,7 @@ impl On<'_> {
 
     /// As a sum and its norm have it, each to the bit; and as the codes that become of those.
     fn gated_norms(&self) -> Result<()> {
-        for width in WIDTHS {
+        for width in WIDTHS.into_iter().chain(GROUPED) {
             let tokens = if width < 1000 { 37 } else { 3 };
             let x = self.apart(&[2, tokens, width], 1)?;
             let y = self.values(&[2, tokens + 4, width], 2)?;
@@ -461,7 +463,8 @@ impl On<'_> {
                 let (one, other) = (back(&alone)?, back(&normed)?);
                 self.compare("gate_norm", &x, &one, &other, Within::Bits)?;
                 if width.is_multiple_of(8) && self.dtype != DType::F32 {
-                    for of in [Codes::Int8, Codes::Fp8] {
+                    let all = [Codes::Int8, Codes::Fp8, Codes::RotatedInt8];
+                    for of in all.into_iter().filter(|of| of.with_inputs(width) == *of) {
                         let (again, codes) = gated.run(Some(of))?;
                         let again =
                             again.ok_or_else(|| Error::Invalid("there is no sum".into()))?;
@@ -488,14 +491,18 @@ impl On<'_> {
         let Input::Codes(found) = found else {
             return Err(Error::Invalid(format!("{kernel} made no codes")));
         };
-        let most = if found.of == Codes::Int8 { 127. } else { 448. };
+        let most = if found.of == Codes::Fp8 { 448. } else { 127. };
         let (mut codes, mut scales) = (Vec::new(), Vec::new());
         for row in numbers.chunks_exact(width) {
+            let mut row = row.to_vec();
+            if found.of == Codes::RotatedInt8 {
+                mmgp_quant::rotate(&mut row);
+            }
             let largest = row.iter().fold(0f32, |most, y| most.max(y.abs()));
             scales.push(largest / most);
             let inverse = most / largest;
             codes.extend(row.iter().map(|y| match found.of {
-                Codes::Int8 => (y * inverse).round_ties_even() as i8 as u8,
+                Codes::Int8 | Codes::RotatedInt8 => (y * inverse).round_ties_even() as i8 as u8,
                 Codes::Fp8 => mmgp_quant::to_e4m3(y * inverse),
             }));
         }

@@ -8,7 +8,11 @@
 #include <cuda_fp16.h>
 #include <cuda_fp8.h>
 #include <cstdint>
+#include <type_traits>
 
+#include "rotation.cuh"
+
+typedef uint32_t u32;
 typedef unsigned long long u64;
 
 static __device__ __forceinline__ float wide(float v) { return v; }
@@ -26,6 +30,7 @@ template <> __device__ __forceinline__ __nv_bfloat16 rounded<__nv_bfloat16>(floa
 struct Int8 {
     static __device__ __forceinline__ float value(uint32_t byte) { return (float)(int8_t)byte; }
 };
+struct RotatedInt8 : Int8 {};
 struct Fp8 {
     static __device__ __forceinline__ float value(uint32_t byte) {
         return __half2float(__half(__nv_cvt_fp8_to_halfraw((__nv_fp8_storage_t)byte, __NV_E4M3)));
@@ -34,6 +39,46 @@ struct Fp8 {
 
 static __device__ __forceinline__ bool aligned(const void *p) { return ((uintptr_t)p & 15) == 0; }
 
+// What `expand` does, of codes of rotated rows, rotated back before they are rounded: a warp takes a group of 256, which lies in
+// one row.
+template <typename S, typename T>
+static __device__ __forceinline__ void expand_rotated(
+    const uint8_t *__restrict__ codes, const S *__restrict__ scales, T *__restrict__ out,
+    u64 total, u64 inputs
+) {
+    const bool whole = (uintptr_t)codes % 8 == 0 && aligned(out);
+    const u64 groups = total / 256, of_row = inputs / 256;
+    const u64 step = (u64)gridDim.x * blockDim.x / 32;
+    const u32 lane = threadIdx.x % 32;
+    for (u64 group = ((u64)blockIdx.x * blockDim.x + threadIdx.x) / 32; group < groups; group += step) {
+        const u64 first = group * 256 + lane * ROTATED;
+        const float scale = scales ? wide(scales[group / of_row]) : 1.f;
+        __align__(8) uint8_t bytes[ROTATED];
+        if (whole) {
+            *reinterpret_cast<uint2 *>(bytes) = *reinterpret_cast<const uint2 *>(codes + first);
+        } else {
+#pragma unroll
+            for (int i = 0; i < ROTATED; i++) bytes[i] = codes[first + i];
+        }
+        float v[ROTATED];
+#pragma unroll
+        for (int i = 0; i < ROTATED; i++) v[i] = __fmul_rn(Int8::value(bytes[i]), scale);
+        rotate(v);
+        __align__(16) T values[ROTATED];
+#pragma unroll
+        for (int i = 0; i < ROTATED; i++) values[i] = rounded<T>(v[i]);
+        if (whole) {
+            const uint4 *from = reinterpret_cast<const uint4 *>(values);
+            uint4 *to = reinterpret_cast<uint4 *>(out + first);
+#pragma unroll
+            for (int i = 0; i < (int)(ROTATED * sizeof(T) / 16); i++) to[i] = from[i];
+        } else {
+#pragma unroll
+            for (int i = 0; i < ROTATED; i++) out[first + i] = values[i];
+        }
+    }
+}
+
 // `out[i] = codes[i] * scales[i / inputs]` for i < total, the f32 product rounded once; without scales they are 1. A thread takes
 // 16 neighbours of the flat array; rows may begin anywhere among them.
 template <typename Code, typename S, typename T>
@@ -41,6 +86,10 @@ static __device__ __forceinline__ void expand(
     const uint8_t *__restrict__ codes, const S *__restrict__ scales, T *__restrict__ out,
     u64 total, u64 inputs
 ) {
+    if constexpr (std::is_same<Code, RotatedInt8>::value) {
+        expand_rotated<S, T>(codes, scales, out, total, inputs);
+        return;
+    }
     const bool whole = aligned(codes) && aligned(out);
     const u64 stride = (u64)gridDim.x * blockDim.x;
     const u64 groups = total / 16 + (total % 16 != 0);
@@ -132,7 +181,8 @@ static __device__ __forceinline__ void in_turn() {
     }
 #define EXPAND(NAME, S, T)                                                                         \
     EXPAND_CODES(expand_##NAME, Int8, S, T)                                                        \
-    EXPAND_CODES(expand_fp8_##NAME, Fp8, S, T)
+    EXPAND_CODES(expand_fp8_##NAME, Fp8, S, T)                                                     \
+    EXPAND_CODES(expand_rotated_int8_##NAME, RotatedInt8, S, T)
 #define ADD_BIAS(NAME, T)                                                                          \
     extern "C" __global__ void NAME(T *y, const T *bias, u64 rows, u64 outputs) {                  \
         in_turn();                                                                                 \

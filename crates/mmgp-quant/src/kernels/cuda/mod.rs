@@ -95,6 +95,7 @@ fn infix(codes: Codes) -> &'static str {
     match codes {
         Codes::Int8 => "",
         Codes::Fp8 => "fp8_",
+        Codes::RotatedInt8 => "rotated_int8_",
     }
 }
 
@@ -171,6 +172,9 @@ fn expand_to<S: CudaDType + DeviceRepr, T: CudaDType + DeviceRepr>(
         && scales.len() != outputs
     {
         bail!("{of}: {} scales for {outputs} outputs", scales.len());
+    }
+    if of.with_inputs(inputs) != of {
+        bail!("{of}: rows of {inputs} codes are no groups");
     }
     let total = outputs * inputs;
     // SAFETY: `T` is plain numbers, and the kernel below writes all `total` of them.

@@ -8,6 +8,9 @@
 #include <cuda_fp16.h>
 #include <cuda_fp8.h>
 #include <cstdint>
+#include <type_traits>
+
+#include "rotation.cuh"
 
 typedef unsigned long long u64;
 
@@ -52,6 +55,7 @@ struct Int8 {
         return (__float2int_rn(low) & 255) | (__float2int_rn(high) & 255) << 8;
     }
 };
+struct RotatedInt8 : Int8 {};
 struct Fp8 {
     static constexpr float MOST = 448.f;
     static __device__ __forceinline__ uint32_t codes(float low, float high) {
@@ -73,6 +77,81 @@ static __device__ __forceinline__ uint2 coded(uint4 v, float inverse) {
     return make_uint2(words[0], words[1]);
 }
 
+// Eight values in f32, their groups rotated. All lanes of a warp must come here, with neighbouring vectors.
+template <typename T> static __device__ __forceinline__ void rotated(uint4 v, float (&to)[ROTATED]) {
+    const typename Half<T>::Pair *pairs = reinterpret_cast<const typename Half<T>::Pair *>(&v);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const float2 pair = Half<T>::wide(pairs[i]);
+        to[2 * i] = pair.x;
+        to[2 * i + 1] = pair.y;
+    }
+    rotate(to);
+}
+
+static __device__ __forceinline__ uint2 coded(const float (&v)[ROTATED], float inverse) {
+    uint32_t words[2] = {0, 0};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const float low = __fmul_rn(v[2 * i], inverse), high = __fmul_rn(v[2 * i + 1], inverse);
+        words[i / 2] |= Int8::codes(low, high) << (i % 2 * 16);
+    }
+    return make_uint2(words[0], words[1]);
+}
+
+// What `quantize` does, of a row whose groups are rotated. Vectors are a multiple of 32, as threads are, so that a warp has one
+// group or none; what a thread does not keep is read and rotated twice.
+template <typename T>
+static __device__ __forceinline__ void quantize_rotated(
+    const T *__restrict__ x, uint8_t *__restrict__ codes, float *__restrict__ row_scales, int inputs
+) {
+    const int vectors = inputs / 8;
+    const uint4 *from = reinterpret_cast<const uint4 *>(x + (u64)blockIdx.x * inputs);
+    uint2 *to = reinterpret_cast<uint2 *>(codes + (u64)blockIdx.x * inputs);
+    const int first = threadIdx.x, step = blockDim.x;
+    uint4 read[KEPT];
+    float kept[KEPT][ROTATED], most = 0.f;
+#pragma unroll
+    for (int i = 0; i < KEPT; i++) {
+        const int at = first + i * step;
+        read[i] = at < vectors ? from[at] : make_uint4(0, 0, 0, 0);
+    }
+#pragma unroll
+    for (int i = 0; i < KEPT; i++) {
+        if (first + i * step >= vectors) continue; // a whole warp does
+        rotated<T>(read[i], kept[i]);
+        most = largest(most, kept[i]);
+    }
+    for (int at = first + KEPT * step; at < vectors; at += step) {
+        float v[ROTATED];
+        rotated<T>(from[at], v);
+        most = largest(most, v);
+    }
+#pragma unroll
+    for (int away = 16; away > 0; away /= 2) most = larger(most, __shfl_xor_sync(~0u, most, away));
+    __shared__ float of_warps[32];
+    if (first % 32 == 0) of_warps[first / 32] = most;
+    __syncthreads();
+    for (int warp = 0; warp < step / 32; warp++) most = larger(most, of_warps[warp]);
+
+    const bool finite = most < INFINITY; // no NaN either
+    const bool some = finite && most >= LEAST;
+    const float inverse = __fdiv_rn(Int8::MOST, most);
+    if (first == 0)
+        row_scales[blockIdx.x] = some ? __fdiv_rn(most, Int8::MOST) : finite ? 0.f : NAN;
+    const uint2 none = make_uint2(0, 0);
+#pragma unroll
+    for (int i = 0; i < KEPT; i++) {
+        const int at = first + i * step;
+        if (at < vectors) to[at] = some ? coded(kept[i], inverse) : none;
+    }
+    for (int at = first + KEPT * step; at < vectors; at += step) {
+        float v[ROTATED];
+        rotated<T>(from[at], v);
+        to[at] = some ? coded(v, inverse) : none;
+    }
+}
+
 // `codes[row] = x[row] / row_scales[row]` with the scale that makes the largest magnitude the largest code, a block a row. Rows of
 // zeros get codes and scale 0; rows with a NaN or an infinity get codes 0 and the scale NaN, so that all that
 // is computed from them is NaN. Blocks behind the rows widen the weight's scales for the product; where there are
@@ -86,6 +165,10 @@ static __device__ __forceinline__ void quantize(
         const int step = (gridDim.x - rows) * blockDim.x;
         for (int i = (blockIdx.x - rows) * blockDim.x + threadIdx.x; i < outputs; i += step)
             wide_scales[i] = scales ? wide(scales[i]) : 1.f;
+        return;
+    }
+    if constexpr (std::is_same<Code, RotatedInt8>::value) {
+        quantize_rotated<T>(x, codes, row_scales, inputs);
         return;
     }
     const int vectors = inputs / 8;
@@ -311,7 +394,8 @@ static __device__ __forceinline__ void in_turn() {
     }
 #define QUANTIZE(NAME, T, S)                                                                       \
     QUANTIZE_TO(quantize_##NAME, Int8, T, S)                                                       \
-    QUANTIZE_TO(quantize_fp8_##NAME, Fp8, T, S)
+    QUANTIZE_TO(quantize_fp8_##NAME, Fp8, T, S)                                                    \
+    QUANTIZE_TO(quantize_rotated_int8_##NAME, RotatedInt8, T, S)
 #define PRODUCT(NAME, T, GELU)                                                                     \
     extern "C" __global__ void __launch_bounds__(THREADS, 2) NAME(                                 \
         const int8_t *x, const float *x_scales, const int8_t *w, const float *w_scales,            \

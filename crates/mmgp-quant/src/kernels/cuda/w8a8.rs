@@ -76,20 +76,21 @@ pub fn w8a8_by(
     bias: Option<&Tensor>,
     kernel: Int8Kernel,
 ) -> Result<Option<Tensor>> {
-    w8a8_of(&x.into(), codes, scales, bias, kernel)
+    w8a8_of(&x.into(), (Codes::Int8, codes), scales, bias, kernel)
 }
 
-/// [`w8a8_by`] of rows that are numbers or codes already.
+/// [`w8a8_by`] of rows that are numbers or codes already, with a weight of int8 codes of either kind: where its rows were
+/// rotated, those of `x` are too, or are codes of such.
 pub(crate) fn w8a8_of(
     x: &Input,
-    codes: &Tensor,
+    (of, codes): (Codes, &Tensor),
     scales: &Tensor,
     bias: Option<&Tensor>,
     kernel: Int8Kernel,
 ) -> Result<Option<Tensor>> {
-    let shape = (operand::shape(x, Codes::Int8)?.0, codes.dim(0)?);
+    let shape = (operand::shape(x, of)?.0, codes.dim(0)?);
     fresh(x.device(), x.dtype(), shape, |y| {
-        w8a8_into(x, codes, scales, bias, (Epilogue::None, y), kernel)
+        w8a8_into(x, (of, codes), scales, bias, (Epilogue::None, y), kernel)
     })
 }
 
@@ -97,7 +98,7 @@ pub(crate) fn w8a8_of(
 /// `None`, and where [`into`] says so.
 pub(crate) fn w8a8_into(
     x: &Input,
-    codes: &Tensor,
+    codes: (Codes, &Tensor),
     scales: &Tensor,
     bias: Option<&Tensor>,
     to: (Epilogue, &Tensor),
@@ -130,18 +131,19 @@ pub(crate) fn w8a8_name(dtype: DType, epilogue: Epilogue) -> Result<String> {
 
 fn run<T: Half, S: CudaDType + DeviceRepr + 'static>(
     x: &Input,
-    codes: &Tensor,
+    (of, codes): (Codes, &Tensor),
     scales: &Tensor,
     bias: Option<&Tensor>,
     (epilogue, y): (Epilogue, &Tensor),
     kernel: Int8Kernel,
 ) -> Result<bool> {
-    let ((rows, inputs), (outputs, width)) = (operand::shape(x, Codes::Int8)?, codes.dims2()?);
+    let ((rows, inputs), (outputs, width)) = (operand::shape(x, of)?, codes.dims2()?);
     let fits = bias.is_none_or(|bias| bias.dims() == [outputs] && bias.dtype() == x.dtype());
     let fits = fits && y.dims() == [rows, outputs];
-    if width != inputs || scales.elem_count() != outputs || !fits {
+    let grouped = of.with_inputs(inputs) == of;
+    if width != inputs || scales.elem_count() != outputs || !fits || !grouped {
         bail!(
-            "int8 linear: input {:?}, codes {:?}, scales {:?}, bias {:?}, output {:?}",
+            "{of} linear: input {:?}, codes {:?}, scales {:?}, bias {:?}, output {:?}",
             x.dims(),
             codes.dims(),
             scales.dims(),
@@ -187,7 +189,7 @@ fn run<T: Half, S: CudaDType + DeviceRepr + 'static>(
         // SAFETY: `address` and `into` held the operands to their memory, and they and the buffers have the lengths
         // that `shape` says. All lie on `stream`'s device and are ordered by it; the buffers overlap nothing.
         unsafe {
-            quantize(device, Codes::Int8, shape, (x.numbers, scales, stored), &at)?;
+            quantize(device, of, shape, (x.numbers, scales, stored), &at)?;
             let done = kernel == Int8Kernel::Fastest && multiply_on_hopper(device, shape, &at)?;
             if !done {
                 multiply(device, shape, &at)?;
@@ -224,7 +226,7 @@ pub(super) struct Addresses {
 ///
 /// # Safety
 /// `x` has `rows · inputs` values of the shape's dtype and begins at a multiple of 16 bytes, `scales` has `outputs`
-/// of its dtype or is null, which stands for ones, `inputs` is a multiple of 8, and `at` is what [`multiply`] wants. All are
+/// of its dtype or is null, which stands for ones, `inputs` is a multiple of 8 and of rotated groups, and `at` is what [`multiply`] wants. All are
 /// ordered by `device`'s stream.
 pub(super) unsafe fn quantize(
     device: &CudaDevice,
