@@ -36,8 +36,8 @@
 #   run.sh --sanitize [tests]
 #
 # has compute-sanitizer look on while each kernel is tested (cuda_self_test, or the tests that are named): bounds and
-# alignment of what is read and written, then races in shared memory, but for those that it reports of cublasLt's kernels. Calls
-# that the driver refuses are not errors: a test asks for a card that there is not.
+# alignment of what is read and written, then races in shared memory, of which those within cublasLt's own kernels only count.
+# Calls that the driver refuses are not errors: a test asks for a card that there is not.
 #
 #   run.sh --peers [options of benches/peers/compare.py]
 #
@@ -230,14 +230,22 @@ if [ "${1:-}" = --sanitize ]; then
     for name in "${@:-cuda_self_test}"; do
         for tool in memcheck racecheck; do
             begun=$SECONDS
-            but=()
-            [ $tool = racecheck ] && but=(--kernel-name-exclude kernel_substring=nvjet)
-            if timeout "${LIMIT:-480}" "$sanitizer" --tool $tool ${but[@]+"${but[@]}"} --report-api-errors no \
-                --error-exitcode 9 --print-limit 20 "$here/tests/$name" --test-threads=1 --nocapture >"$out/$name-$tool.log" 2>&1; then
-                echo "$name, $tool: clean, $((SECONDS - begun)) s"
+            log=$out/$name-$tool.log
+            timeout "${LIMIT:-480}" "$sanitizer" --tool $tool --report-api-errors no --error-exitcode 9 --print-limit 10000 \
+                "$here/tests/$name" --test-threads=1 --nocapture >"$log" 2>&1
+            code=$?
+            told="$name, $tool"
+            theirs=$(grep -ac 'Race reported between .* access at nvjet_' "$log")
+            if [ $code = 9 ] && [ "$theirs" -gt 0 ] && grep -aq "($theirs errors, 0 warnings)" "$log" &&
+                grep -aq 'test result: ok' "$log"; then
+                code=0
+                told="$told, but for $theirs reports within cublasLt's kernels"
+            fi
+            if [ $code = 0 ]; then
+                echo "$told: clean, $((SECONDS - begun)) s"
             else
-                echo "$name, $tool: FAILED ($?), $((SECONDS - begun)) s"
-                grep -a '=========' "$out/$name-$tool.log" | head -n 40
+                echo "$told: FAILED ($code), $((SECONDS - begun)) s"
+                grep -a '=========' "$log" | grep -av nvjet_ | head -n 40
                 failed=1
             fi
         done
