@@ -5,7 +5,7 @@
 use candle_core::Tensor;
 
 use crate::{
-    CodedRows, Codes, Input, Part, Result, Weights,
+    Codes, Input, Part, Result, Weights,
     formats::{dense::Dense, fp8::Fp8, int8::Int8},
 };
 
@@ -46,15 +46,17 @@ pub trait QuantTensor: Send + Sync {
     /// The format's name.
     fn format(&self) -> &'static str;
 
-    /// `x · Wᵀ (+ bias)`: `x` is contiguous `[rows, inputs]` in the compute dtype, `bias`
-    /// `[outputs]`, the result `[rows, outputs]`.
+    /// `x · Wᵀ (+ bias)`: `x` is `[rows, inputs]`, numbers in the compute dtype, contiguous, or codes of them; `bias`
+    /// `[outputs]`, the result `[rows, outputs]`. Codes that the weight [reads](Self::reads) give the bits that the numbers give
+    /// of which they were made, but where a library has no such product for the shape after all, and what codes stand for is
+    /// multiplied.
     ///
     /// The bits of the result depend on the values of `x`, the weight and the bias and on the number
     /// of rows, never on where anything lies or on the number of threads.
     ///
     /// # Errors
-    /// Whatever the tensor library refuses; weights that are not leased.
-    fn product(&self, x: &Tensor, bias: Option<&Tensor>) -> candle_core::Result<Tensor>;
+    /// Whatever the tensor library refuses; weights that are not leased; on GPUs, codes of another kind than the weight reads.
+    fn product(&self, x: &Input, bias: Option<&Tensor>) -> candle_core::Result<Tensor>;
 
     /// The same with an epilogue, into `y`: `[rows, outputs]` in the compute dtype, the values of a row side by side, which may be
     /// columns of a wider tensor and shares its memory with no operand. `false`, with `y` as it was, where the device does not
@@ -64,7 +66,7 @@ pub trait QuantTensor: Send + Sync {
     /// Those of [`product`](Self::product); a `y` of another shape.
     fn product_into(
         &self,
-        _x: &Tensor,
+        _x: &Input,
         _bias: Option<&Tensor>,
         _epilogue: Epilogue,
         _y: &Tensor,
@@ -76,35 +78,6 @@ pub trait QuantTensor: Send + Sync {
     /// numbers, which is decided by shape, dtype and device alone.
     fn reads(&self, _x: &Input) -> Option<Codes> {
         None
-    }
-
-    /// [`product`](Self::product) of rows that are such codes already. It gives the bits that it gives for the numbers they were
-    /// made of, but where a library has no such product for the shape after all, and what the codes stand for is multiplied.
-    ///
-    /// # Errors
-    /// Those of [`product`](Self::product); codes that the weight does not read.
-    fn product_of_codes(
-        &self,
-        x: &CodedRows,
-        bias: Option<&Tensor>,
-    ) -> candle_core::Result<Tensor> {
-        let numbers = Input::Codes(x.clone()).numbers()?;
-        self.product(&numbers.reshape(x.codes.dims())?, bias)
-    }
-
-    /// [`product_into`](Self::product_into) of such rows.
-    ///
-    /// # Errors
-    /// Those of [`product`](Self::product); a `y` of another shape; codes that the weight does not read.
-    fn product_of_codes_into(
-        &self,
-        x: &CodedRows,
-        bias: Option<&Tensor>,
-        epilogue: Epilogue,
-        y: &Tensor,
-    ) -> candle_core::Result<bool> {
-        let numbers = Input::Codes(x.clone()).numbers()?;
-        self.product_into(&numbers.reshape(x.codes.dims())?, bias, epilogue, y)
     }
 
     /// The weight that this stands for, dense `[outputs, inputs]`, in the dtype that the format

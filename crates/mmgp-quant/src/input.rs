@@ -69,6 +69,15 @@ impl Input {
             }
         }
     }
+
+    /// The numbers as `[rows, inputs]`.
+    pub(crate) fn rows(&self) -> Result<Tensor> {
+        match self {
+            Self::Numbers(x) if x.rank() == 2 => Ok(x.clone()),
+            Self::Numbers(x) => x.flatten(0, x.rank().saturating_sub(2)),
+            Self::Codes(rows) => self.numbers()?.reshape(rows.codes.dims()),
+        }
+    }
 }
 
 impl From<Tensor> for Input {

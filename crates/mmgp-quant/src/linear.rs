@@ -95,7 +95,7 @@ impl Linear {
         // candle multiplies transposed batches wrongly on the CPU, so operands are made contiguous.
         let rows = x.elem_count() / self.inputs.max(1);
         let x = x.contiguous()?.reshape((rows, self.inputs))?;
-        let y = self.weight.product(&x, self.bias.as_ref())?;
+        let y = self.weight.product(&Input::from(&x), self.bias.as_ref())?;
         self.side.apply(&x, y)?.reshape(dims)
     }
 
@@ -126,15 +126,11 @@ impl Linear {
         if self.side.is_taken() {
             return Ok(false);
         }
-        match x {
-            Input::Numbers(x) => {
-                let x = x.contiguous()?.reshape((rows, self.inputs))?;
-                self.weight.product_into(&x, self.bias.as_ref(), epilogue, y)
-            }
-            Input::Codes(x) => {
-                self.weight.product_of_codes_into(x, self.bias.as_ref(), epilogue, y)
-            }
-        }
+        let x = match x {
+            Input::Numbers(x) => &x.contiguous()?.reshape((rows, self.inputs))?.into(),
+            Input::Codes(_) => x,
+        };
+        self.weight.product_into(x, self.bias.as_ref(), epilogue, y)
     }
 
     /// [`forward`](Self::forward) of either kind of input.
@@ -158,7 +154,7 @@ impl Linear {
                 self.inputs
             ),
         }
-        self.weight.product_of_codes(rows, self.bias.as_ref())?.reshape(dims)
+        self.weight.product(x, self.bias.as_ref())?.reshape(dims)
     }
 
     /// The codes that the product makes of an input like `x`, `[…, inputs]`, before it multiplies; `None` where it takes

@@ -4,13 +4,11 @@
 //! Each function makes one pass over memory where the tensor library would make three to five.
 
 use candle_core::{D, DType, Result, Tensor};
-#[cfg(feature = "cuda")]
-use mmgp_quant::Codes;
 use mmgp_quant::{Input, Linear};
 
-use crate::nn::{RmsNorm, Rope, cpu, layer_norm_modulated, norms::rms_row};
+use crate::nn::{RmsNorm, Rope, cpu, layer_norm_modulated_for, norms::rms_row};
 #[cfg(feature = "cuda")]
-use crate::nn::{cuda, rope::Pairs};
+use crate::nn::{cuda, norms::codes_for, rope::Pairs};
 
 /// How heads lie in the rows of a projection: `count` heads of `dim` values each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -311,7 +309,7 @@ pub fn gated_add(x: &Tensor, y: &Tensor, gate: &Tensor) -> Result<Tensor> {
     cpu::tensor(out, (batch, tokens, width))
 }
 
-/// [`gated_add`], and [`layer_norm_modulated`] of that as `reader` reads it: `scale` and `shift` are `[batch, width]` too.
+/// [`gated_add`], and [`layer_norm_modulated`](crate::nn::layer_norm_modulated) of that as `reader` reads it: `scale` and `shift` are `[batch, width]` too.
 ///
 /// # Errors
 /// Shapes that do not fit each other.
@@ -334,37 +332,6 @@ pub fn gated_add_norm(
     let sum = gated_add(x, y, gate)?;
     let normed = layer_norm_modulated_for(&sum, modulation, eps, &[reader])?;
     Ok((sum, normed))
-}
-
-/// [`layer_norm_modulated`] as all of `readers` read it: as codes, where that is what all of them make of it first.
-///
-/// # Errors
-/// Those of [`layer_norm_modulated`].
-#[cfg_attr(not(feature = "cuda"), allow(unused_variables))] // elsewhere norms are numbers
-pub fn layer_norm_modulated_for(
-    x: &Tensor,
-    modulation: [&Tensor; 2],
-    eps: f64,
-    readers: &[&Linear],
-) -> Result<Input> {
-    let [scale, shift] = modulation;
-    #[cfg(feature = "cuda")]
-    if let Some(codes) = codes_for(x, readers)
-        && x.rank() == 3
-        && cuda::take(&[x, scale, shift])
-    {
-        return Ok(cuda::Normed { x, gated: None, modulation, eps }.run(Some(codes))?.1);
-    }
-    layer_norm_modulated(x, scale, shift, eps).map(Input::from)
-}
-
-/// The codes that all of `readers` make of an input like `x`.
-#[cfg(feature = "cuda")]
-fn codes_for(x: &Tensor, readers: &[&Linear]) -> Option<Codes> {
-    let x = Input::from(x);
-    let mut codes = readers.iter().map(|reader| reader.reads(&x));
-    let first = codes.next()??;
-    codes.all(|other| other == Some(first)).then_some(first)
 }
 
 #[cfg(test)]

@@ -4,7 +4,9 @@
 //! Sums are taken in f32 over short runs and in f64 over the runs, so that width costs no digits.
 
 use candle_core::{D, DType, Result, Tensor};
-use mmgp_quant::Weights;
+#[cfg(feature = "cuda")]
+use mmgp_quant::Codes;
+use mmgp_quant::{Input, Linear, Weights};
 
 use crate::nn::cpu;
 #[cfg(feature = "cuda")]
@@ -257,6 +259,37 @@ fn up(x: &Tensor) -> Result<Tensor> {
 
 pub(crate) fn is_f32_cpu(x: &Tensor) -> bool {
     x.device().is_cpu() && x.dtype() == DType::F32
+}
+
+/// [`layer_norm_modulated`] as all of `readers` read it: as codes, where that is what all of them make of it first.
+///
+/// # Errors
+/// Those of [`layer_norm_modulated`].
+#[cfg_attr(not(feature = "cuda"), allow(unused_variables))] // elsewhere norms are numbers
+pub fn layer_norm_modulated_for(
+    x: &Tensor,
+    modulation: [&Tensor; 2],
+    eps: f64,
+    readers: &[&Linear],
+) -> Result<Input> {
+    let [scale, shift] = modulation;
+    #[cfg(feature = "cuda")]
+    if let Some(codes) = codes_for(x, readers)
+        && x.rank() == 3
+        && cuda::take(&[x, scale, shift])
+    {
+        return Ok(cuda::Normed { x, gated: None, modulation, eps }.run(Some(codes))?.1);
+    }
+    layer_norm_modulated(x, scale, shift, eps).map(Input::from)
+}
+
+/// The codes that all of `readers` make of an input like `x`.
+#[cfg(feature = "cuda")]
+pub(super) fn codes_for(x: &Tensor, readers: &[&Linear]) -> Option<Codes> {
+    let x = Input::from(x);
+    let mut codes = readers.iter().map(|reader| reader.reads(&x));
+    let first = codes.next()??;
+    codes.all(|other| other == Some(first)).then_some(first)
 }
 
 #[cfg(test)]

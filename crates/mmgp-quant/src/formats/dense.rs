@@ -8,7 +8,7 @@ use half::{bf16, f16};
 use mmgp_io::Dtype;
 
 use crate::{
-    Epilogue, Error, Form, Format, Part, QuantTensor, Result, Source, Weights,
+    Epilogue, Error, Form, Format, Input, Part, QuantTensor, Result, Source, Weights,
     kernels::cpu::{Rows, product_nt},
 };
 
@@ -55,7 +55,8 @@ impl QuantTensor for DenseWeight {
         Dense.name()
     }
 
-    fn product(&self, x: &Tensor, bias: Option<&Tensor>) -> candle_core::Result<Tensor> {
+    fn product(&self, x: &Input, bias: Option<&Tensor>) -> candle_core::Result<Tensor> {
+        let x = &x.rows()?;
         match (x.device().is_cpu(), bias) {
             (true, Some(bias)) => x.apply_op3_no_bwd(&self.0, bias, &Product),
             (true, None) => x.apply_op2_no_bwd(&self.0, &Product),
@@ -65,12 +66,12 @@ impl QuantTensor for DenseWeight {
 
     fn product_into(
         &self,
-        x: &Tensor,
+        x: &Input,
         bias: Option<&Tensor>,
         epilogue: Epilogue,
         y: &Tensor,
     ) -> candle_core::Result<bool> {
-        product_on_device_into(x, &self.0, bias, epilogue, y)
+        product_on_device_into(&x.rows()?, &self.0, bias, epilogue, y)
     }
 
     fn decode(&self) -> candle_core::Result<Tensor> {
@@ -79,7 +80,7 @@ impl QuantTensor for DenseWeight {
 }
 
 /// Whether there are products into columns for inputs like `x`.
-pub(super) fn writes_into(x: &Tensor) -> bool {
+pub(super) fn writes_into(x: &Input) -> bool {
     x.device().is_cuda() && matches!(x.dtype(), DType::BF16 | DType::F16)
 }
 

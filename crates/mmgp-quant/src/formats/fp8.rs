@@ -17,10 +17,8 @@ use super::{
     dense::{floating, product, product_on_device, product_on_device_into, slice, writes_into},
     int8::{named, widened},
 };
-#[cfg(feature = "cuda")]
-use crate::{CodedRows, Input};
 use crate::{
-    Codes, Epilogue, Error, Form, Format, Part, QuantTensor, Result, Source, Weights,
+    Codes, Epilogue, Error, Form, Format, Input, Part, QuantTensor, Result, Source, Weights,
     kernels::{cpu::Rows, fp8, int8::Real},
 };
 
@@ -108,17 +106,16 @@ impl QuantTensor for Fp8Weight {
         Fp8.name()
     }
 
-    fn product(&self, x: &Tensor, bias: Option<&Tensor>) -> candle_core::Result<Tensor> {
-        if !x.device().is_cpu() {
-            #[cfg(feature = "cuda")]
-            if self.activations
-                && let candle_core::Device::Cuda(device) = x.device()
-                && crate::kernels::cuda::fp8_enabled(device)
-                && let Some(y) =
-                    crate::kernels::cuda::fp8_product(x, &self.codes, self.scales.as_ref(), bias)?
-            {
+    fn product(&self, x: &Input, bias: Option<&Tensor>) -> candle_core::Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if self.multiplies_codes(x) {
+            use crate::kernels::cuda::fp8_product_of;
+            if let Some(y) = fp8_product_of(x, &self.codes, self.scales.as_ref(), bias)? {
                 return Ok(y);
             }
+        }
+        let x = &x.rows()?;
+        if !x.device().is_cpu() {
             return product_on_device(x, &self.expanded(x.dtype())?, bias);
         }
         let y = match &self.scales {
@@ -133,7 +130,7 @@ impl QuantTensor for Fp8Weight {
 
     fn product_into(
         &self,
-        x: &Tensor,
+        x: &Input,
         bias: Option<&Tensor>,
         epilogue: Epilogue,
         y: &Tensor,
@@ -142,15 +139,13 @@ impl QuantTensor for Fp8Weight {
             return Ok(false); // before a weight is expanded for nothing
         }
         #[cfg(feature = "cuda")]
-        if self.activations
-            && let candle_core::Device::Cuda(device) = x.device()
-            && crate::kernels::cuda::fp8_enabled(device)
-        {
+        if self.multiplies_codes(x) {
             let (scales, to) = (self.scales.as_ref(), (epilogue, y));
-            if crate::kernels::cuda::fp8_product_into(&x.into(), &self.codes, scales, bias, to)? {
+            if crate::kernels::cuda::fp8_product_into(x, &self.codes, scales, bias, to)? {
                 return Ok(true);
             }
         }
+        let x = &x.rows()?;
         product_on_device_into(x, &self.expanded(x.dtype())?, bias, epilogue, y)
     }
 
@@ -162,38 +157,6 @@ impl QuantTensor for Fp8Weight {
         (read && fp8_reads_codes(x, self.codes.dims())).then_some(Codes::Fp8)
     }
 
-    #[cfg(feature = "cuda")]
-    fn product_of_codes(
-        &self,
-        x: &CodedRows,
-        bias: Option<&Tensor>,
-    ) -> candle_core::Result<Tensor> {
-        let (shape, x) = (x.codes.dims(), Input::Codes(x.clone()));
-        let scales = self.scales.as_ref();
-        match crate::kernels::cuda::fp8_product_of(&x, &self.codes, scales, bias)? {
-            Some(y) => Ok(y),
-            // The library offers nothing for the shape.
-            None => self.product(&x.numbers()?.reshape(shape)?, bias),
-        }
-    }
-
-    #[cfg(feature = "cuda")]
-    fn product_of_codes_into(
-        &self,
-        x: &CodedRows,
-        bias: Option<&Tensor>,
-        epilogue: Epilogue,
-        y: &Tensor,
-    ) -> candle_core::Result<bool> {
-        let (shape, x) = (x.codes.dims(), Input::Codes(x.clone()));
-        let scales = self.scales.as_ref();
-        if crate::kernels::cuda::fp8_product_into(&x, &self.codes, scales, bias, (epilogue, y))? {
-            return Ok(true);
-        }
-        // The library offers nothing for the shape.
-        self.product_into(&x.numbers()?.reshape(shape)?, bias, epilogue, y)
-    }
-
     fn decode(&self) -> candle_core::Result<Tensor> {
         // bf16 holds every code.
         self.expanded(self.scales.as_ref().map_or(DType::BF16, Tensor::dtype))
@@ -201,6 +164,14 @@ impl QuantTensor for Fp8Weight {
 }
 
 impl Fp8Weight {
+    /// Whether products multiply fp8 by fp8, which those of codes do.
+    #[cfg(feature = "cuda")]
+    fn multiplies_codes(&self, x: &Input) -> bool {
+        let candle_core::Device::Cuda(device) = x.device() else { return false };
+        let makes = self.activations && crate::kernels::cuda::fp8_enabled(device);
+        makes || matches!(x, Input::Codes(_))
+    }
+
     /// The whole weight in `dtype`.
     fn expanded(&self, dtype: DType) -> candle_core::Result<Tensor> {
         let decode = Decode { dtype };

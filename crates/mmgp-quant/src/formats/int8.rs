@@ -21,10 +21,8 @@ use mmgp_io::Dtype;
 use super::dense::{
     floating, product, product_on_device, product_on_device_into, slice, writes_into,
 };
-#[cfg(feature = "cuda")]
-use crate::{CodedRows, Input};
 use crate::{
-    Codes, Epilogue, Error, Form, Format, Part, QuantTensor, Result, Source, Weights,
+    Codes, Epilogue, Error, Form, Format, Input, Part, QuantTensor, Result, Source, Weights,
     kernels::{
         cpu::{Rounding, Rows},
         int8, rotated_int8,
@@ -117,14 +115,17 @@ impl QuantTensor for Int8Weight {
         self.of.name()
     }
 
-    fn product(&self, x: &Tensor, bias: Option<&Tensor>) -> candle_core::Result<Tensor> {
-        if !x.device().is_cpu() {
-            #[cfg(feature = "cuda")]
-            if self.activations
-                && let Some(y) = self.in_int8(&x.into(), bias)?
-            {
+    fn product(&self, x: &Input, bias: Option<&Tensor>) -> candle_core::Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if self.multiplies_codes(x) {
+            use crate::kernels::cuda::{Int8Kernel, w8a8_of};
+            let codes = (self.of, &self.codes);
+            if let Some(y) = w8a8_of(x, codes, &self.scales, bias, Int8Kernel::Fastest)? {
                 return Ok(y);
             }
+        }
+        let x = &x.rows()?;
+        if !x.device().is_cpu() {
             return product_on_device(x, &self.expanded(x.dtype())?, bias);
         }
         let by = Product { rounded: self.rounded, rotated: self.of == Codes::RotatedInt8 };
@@ -137,7 +138,7 @@ impl QuantTensor for Int8Weight {
 
     fn product_into(
         &self,
-        x: &Tensor,
+        x: &Input,
         bias: Option<&Tensor>,
         epilogue: Epilogue,
         y: &Tensor,
@@ -146,14 +147,14 @@ impl QuantTensor for Int8Weight {
             return Ok(false); // before a weight is expanded for nothing
         }
         #[cfg(feature = "cuda")]
-        if self.activations {
+        if self.multiplies_codes(x) {
             use crate::kernels::cuda::{Int8Kernel, w8a8_into};
-            let (to, kernel) = ((epilogue, y), Int8Kernel::Fastest);
-            let codes = (self.of, &self.codes);
-            if w8a8_into(&x.into(), codes, &self.scales, bias, to, kernel)? {
+            let (codes, to) = ((self.of, &self.codes), (epilogue, y));
+            if w8a8_into(x, codes, &self.scales, bias, to, Int8Kernel::Fastest)? {
                 return Ok(true);
             }
         }
+        let x = &x.rows()?;
         product_on_device_into(x, &self.expanded(x.dtype())?, bias, epilogue, y)
     }
 
@@ -161,32 +162,6 @@ impl QuantTensor for Int8Weight {
     fn reads(&self, x: &Input) -> Option<Codes> {
         let read = self.activations && crate::kernels::cuda::reads_codes(x, self.codes.dims());
         read.then_some(self.of)
-    }
-
-    #[cfg(feature = "cuda")]
-    fn product_of_codes(
-        &self,
-        x: &CodedRows,
-        bias: Option<&Tensor>,
-    ) -> candle_core::Result<Tensor> {
-        match self.in_int8(&Input::Codes(x.clone()), bias)? {
-            Some(y) => Ok(y),
-            None => candle_core::bail!("{}: codes {:?} that no kernel reads", self.of, x.dims),
-        }
-    }
-
-    #[cfg(feature = "cuda")]
-    fn product_of_codes_into(
-        &self,
-        x: &CodedRows,
-        bias: Option<&Tensor>,
-        epilogue: Epilogue,
-        y: &Tensor,
-    ) -> candle_core::Result<bool> {
-        use crate::kernels::cuda::{Int8Kernel, w8a8_into};
-        let (to, kernel) = ((epilogue, y), Int8Kernel::Fastest);
-        let codes = (self.of, &self.codes);
-        w8a8_into(&Input::Codes(x.clone()), codes, &self.scales, bias, to, kernel)
     }
 
     fn decode(&self) -> candle_core::Result<Tensor> {
@@ -202,12 +177,10 @@ impl Int8Weight {
         Self { of, codes, scales, rounded, activations }
     }
 
-    /// The product in int8, where there is one.
+    /// Whether products multiply int8 by int8, which those of codes do.
     #[cfg(feature = "cuda")]
-    fn in_int8(&self, x: &Input, bias: Option<&Tensor>) -> candle_core::Result<Option<Tensor>> {
-        use crate::kernels::cuda::{Int8Kernel, w8a8_of};
-        let codes = (self.of, &self.codes);
-        w8a8_of(x, codes, &self.scales, bias, Int8Kernel::Fastest)
+    fn multiplies_codes(&self, x: &Input) -> bool {
+        x.device().is_cuda() && (self.activations || matches!(x, Input::Codes(_)))
     }
 
     /// The whole weight in `dtype`, through the scale's dtype where that rounding is wanted.
