@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """How long PyTorch's attention takes at FLUX.1-dev's shape, 24 heads of 4,608 tokens and 128 values in bf16, by each backend:
-beside what the test `cuda_nn` prints of ours. Milliseconds, as the median of 20 calls of 10."""
+beside what the test `cuda_models` (`nn::cuda_nn_attention`) prints of ours. Milliseconds, as the median of 20 calls of 10."""
 import statistics
 
 import torch

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Runs what `cargo xtask bundle` packed, on a machine with a GPU and without Rust. Called from the root of a
 # checkout: vectors and the demo are read from there. Logs go to $OUT (default: out); the exit code is 1 if
-# anything failed. With names as arguments, only those tests run; with none, the command draws too.
+# anything failed. With NAME, or NAME:FILTER for a part of it, as arguments, only those tests run; with none, the command
+# draws too.
 #
 #   run.sh --bench [quick|full|all] [options of mmgp-gpu-bench]
 #
@@ -33,9 +34,9 @@
 # forms (bf16): how long it is idle, and which kernels take how long. Needs a C compiler, and CUPTI, of the CUDA toolkit or of
 # Python's packages. Leaves trace-FORM.json in $OUT.
 #
-#   run.sh --sanitize [tests]
+#   run.sh --sanitize [NAME[:FILTER] ...]
 #
-# has compute-sanitizer look on while each kernel is tested (cuda_self_test, or the tests that are named): bounds and
+# has compute-sanitizer look on while each kernel is tested (by the self-tests, or the tests that are named): bounds and
 # alignment of what is read and written, then races in shared memory, of which those within cublasLt's own kernels only count.
 # Calls that the driver refuses are not errors: a test asks for a card that there is not.
 #
@@ -227,14 +228,18 @@ if [ "${1:-}" = --sanitize ]; then
     [ -x "$sanitizer" ] || { echo "compute-sanitizer, which comes with the CUDA toolkit, is not there"; exit 1; }
     export MMGP_TEST_DEVICE=cuda RUST_BACKTRACE=0
     failed=0
-    for name in "${@:-cuda_self_test}"; do
+    [ $# -gt 0 ] || set -- cuda_quant:self_test cuda_models:nn::cuda_nn_self_test
+    for test in "$@"; do
+        name=${test%%:*}
+        only=()
+        [ "$test" = "$name" ] || only=("${test#*:}")
         for tool in memcheck racecheck; do
             begun=$SECONDS
-            log=$out/$name-$tool.log
+            log=$out/${test//:/-}-$tool.log
             timeout "${LIMIT:-480}" "$sanitizer" --tool $tool --report-api-errors no --error-exitcode 9 --print-limit 10000 \
-                "$here/tests/$name" --test-threads=1 --nocapture >"$log" 2>&1
+                "$here/tests/$name" ${only[@]+"${only[@]}"} --test-threads=1 --nocapture >"$log" 2>&1
             code=$?
-            told="$name, $tool"
+            told="$test, $tool"
             theirs=$(grep -ac 'Race reported between .* access at nvjet_' "$log")
             if [ $code = 9 ] && [ "$theirs" -gt 0 ] && grep -aq "($theirs errors, 0 warnings)" "$log" &&
                 grep -aq 'test result: ok' "$log"; then
@@ -276,17 +281,20 @@ fi
 export MMGP_TEST_DEVICE=cuda RUST_BACKTRACE=0
 
 failed=0
-for test in "$here"/tests/*; do
-    name=$(basename "$test")
-    if [ $# -gt 0 ] && [[ " $* " != *" $name "* ]]; then
-        continue
-    fi
+tests=("$@")
+[ $# -gt 0 ] || for test in "$here"/tests/*; do tests+=("$(basename "$test")"); done
+for test in "${tests[@]}"; do
+    name=${test%%:*}
+    [ -x "$here/tests/$name" ] || { echo "$test: there is no $name in $here/tests"; failed=1; continue; }
+    only=()
+    [ "$test" = "$name" ] || only=("${test#*:}")
+    log=$out/${test//:/-}.log
     begun=$SECONDS
-    if timeout "${LIMIT:-480}" "$test" --test-threads=1 --nocapture >"$out/$name.log" 2>&1; then
-        echo "$name: ok, $((SECONDS - begun)) s"
+    if timeout "${LIMIT:-480}" "$here/tests/$name" ${only[@]+"${only[@]}"} --test-threads=1 --nocapture >"$log" 2>&1; then
+        echo "$test: ok, $((SECONDS - begun)) s"
     else
-        echo "$name: FAILED ($?), $((SECONDS - begun)) s"
-        tail -n 40 "$out/$name.log"
+        echo "$test: FAILED ($?), $((SECONDS - begun)) s"
+        tail -n 40 "$log"
         failed=1
     fi
 done

@@ -1,16 +1,13 @@
 //! The demo's pipeline on a GPU, by the tensor library's operations and by our kernels: in f32 what diffusers
 //! drew, in bf16 and int8 near it, and the same bits under every budget.
-#![cfg(feature = "cuda")]
-#![allow(clippy::unwrap_used)]
 
-use std::{
-    path::{Path, PathBuf},
-    sync::Mutex,
-};
+use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device};
 use mmgp_models::{Activations, ModelIndex, OpenOptions, nn, open_pipeline};
 use mmgp_residency::{Budget, Cuda, CudaOptions, Pager};
+
+use crate::alone;
 
 const PROMPTS: [&str; 3] = ["red heart", "a picture of a rocket", "cat face"];
 
@@ -28,11 +25,8 @@ fn the_pipeline_draws_the_same_with_our_kernels() {
     draws_what_diffusers_draws(true);
 }
 
-/// Whether kernels are used is decided once for the process.
-static SWITCH: Mutex<()> = Mutex::new(());
-
 fn draws_what_diffusers_draws(kernels: bool) {
-    let _guard = SWITCH.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let _guard = alone();
     let path = assets("tiny-flux-reference").join("reference.safetensors");
     let reference = candle_core::safetensors::load(path, &Device::Cpu).unwrap();
     assert!(ModelIndex::read(&assets("tiny-flux")).is_ok());

@@ -1,13 +1,8 @@
 //! The GPU's kernels behind the functions of `nn`: what the CPU computes, over random shapes and dtypes, and how
 //! long they take beside the tensor library's own operations (`--nocapture`). These tests fail where no CUDA
 //! device can be opened.
-#![cfg(feature = "cuda")]
-#![allow(clippy::unwrap_used)] // tests may panic
 
-use std::{
-    sync::{Mutex, MutexGuard},
-    time::Instant,
-};
+use std::time::Instant;
 
 use candle_core::{CudaDevice, D, DType, Device, Result, Tensor};
 use mmgp_models::nn::{
@@ -16,19 +11,10 @@ use mmgp_models::nn::{
 };
 use mmgp_quant::{Bias, Input, MemorySource, Weights};
 
+use crate::gpu;
+
 const EPS: f64 = 1e-6;
 const DTYPES: [DType; 3] = [DType::BF16, DType::F16, DType::F32];
-
-/// The switch is one for the process.
-static SWITCH: Mutex<()> = Mutex::new(());
-
-fn gpu() -> (CudaDevice, MutexGuard<'static, ()>) {
-    let guard = SWITCH.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-    let device = CudaDevice::new_with_stream(0).expect("this test needs a CUDA device");
-    // SAFETY: one stream only.
-    unsafe { device.disable_event_tracking() };
-    (device, guard)
-}
 
 /// Numbers that are the same in each run.
 struct Random(u64);

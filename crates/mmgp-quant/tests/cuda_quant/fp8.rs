@@ -1,19 +1,17 @@
 //! Linear layers of e4m3 weights on a CUDA device: expanded as on the CPU, bit for bit, and multiplied in fp8, where the
 //! card does that, within what rounding the input costs. With `--nocapture` what products take is told too. These tests
 //! fail where no CUDA device can be opened.
-#![cfg(feature = "cuda")]
-#![allow(clippy::unwrap_used)] // helpers of tests may panic
 
 use std::time::Instant;
 
-use candle_core::{CudaDevice, DType, Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use mmgp_quant::{
-    Bias, Codes, Form, Linear, MemorySource, Part, Source, Stored, Weights, disable_fp8,
-    enable_fp8, fp8_multiplies, fp8_product, from_e4m3, self_test_fp8, to_e4m3, w8a8,
+    Bias, Codes, Linear, MemorySource, Weights, disable_fp8, enable_fp8, fp8_multiplies,
+    fp8_product, from_e4m3, self_test_fp8, to_e4m3, w8a8,
 };
 use parking_lot::Mutex;
 
-const DTYPES: [DType; 3] = [DType::BF16, DType::F16, DType::F32];
+use crate::{Any, DTYPES, In, bits, gpu, rand};
 
 /// `(rows of the input, outputs, inputs)`: tiles that are cut, long sums, and sides that are no multiple of 16.
 const SHAPES: [(usize, usize, usize); 10] = [
@@ -31,49 +29,6 @@ const SHAPES: [(usize, usize, usize); 10] = [
 
 /// Whether layers multiply in fp8 is decided for the whole process.
 static SWITCH: Mutex<()> = Mutex::new(());
-
-type Any = Box<dyn std::error::Error>;
-
-fn gpu() -> (Device, CudaDevice) {
-    let device = CudaDevice::new_with_stream(0).expect("these tests need a CUDA device");
-    (Device::Cuda(device.clone()), device)
-}
-
-/// A memory source with another compute dtype, whose products may make their input codes.
-struct In {
-    source: MemorySource,
-    dtype: DType,
-    activations: Option<Codes>,
-}
-
-impl Source for In {
-    fn stored(&self, name: &str) -> Option<Stored> {
-        self.source.stored(name)
-    }
-
-    fn tensor(&self, parts: &[Part], form: Form) -> mmgp_quant::Result<Tensor> {
-        match form {
-            Form::Compute => Ok(self.source.tensor(parts, Form::AsStored)?.to_dtype(self.dtype)?),
-            form => self.source.tensor(parts, form),
-        }
-    }
-
-    fn quantizes_activations(&self) -> Option<Codes> {
-        self.activations
-    }
-
-    fn device(&self) -> &Device {
-        self.source.device()
-    }
-
-    fn compute_dtype(&self) -> DType {
-        self.dtype
-    }
-
-    fn origin(&self) -> String {
-        self.source.origin()
-    }
-}
 
 /// A layer of codes, with or without scales and bias, on the device.
 fn layer(
@@ -96,10 +51,6 @@ fn layer(
     Ok(weights.linear(inputs, outputs, Bias::from(bias.is_some()))?)
 }
 
-fn rand(shape: &[usize], dtype: DType) -> Tensor {
-    Tensor::randn(0f32, 1., shape, &Device::Cpu).unwrap().to_dtype(dtype).unwrap()
-}
-
 /// Every code but the two that are no number.
 fn codes(outputs: usize, inputs: usize) -> Tensor {
     let bytes = (0..outputs * inputs).map(|i| ((i as u32).wrapping_mul(2_654_435_761) >> 24) as u8);
@@ -111,11 +62,6 @@ fn codes(outputs: usize, inputs: usize) -> Tensor {
 fn scales(outputs: usize, dtype: DType) -> Tensor {
     let scales = (rand(&[outputs, 1], DType::F32).abs().unwrap() + 0.1).unwrap();
     (scales / 4096.).unwrap().to_dtype(dtype).unwrap()
-}
-
-fn bits(t: &Tensor) -> Vec<u32> {
-    let t = t.to_device(&Device::Cpu).unwrap().to_dtype(DType::F32).unwrap();
-    t.flatten_all().unwrap().to_vec1::<f32>().unwrap().iter().map(|v| v.to_bits()).collect()
 }
 
 /// The weight of codes and scales, in f64.

@@ -1,11 +1,11 @@
 //! Blocks on a GPU, where products write where attention reads and attention beside them, and what the CPU computes. These
 //! tests fail where no CUDA device can be opened.
-#![cfg(feature = "cuda")]
-#![allow(clippy::unwrap_used)] // tests may panic
 
-use candle_core::{CudaDevice, DType, Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use mmgp_models::nn::{DoubleBlock, Heads, Joint, Rope, SingleBlock, TextPlace, cuda};
 use mmgp_quant::{MemorySource, Weights};
+
+use crate::gpu;
 
 /// Numbers that are the same in each run, about normal.
 struct Random(u64);
@@ -100,9 +100,7 @@ fn error(got: &Tensor, want: &Tensor) -> f64 {
 
 #[test]
 fn cuda_blocks_are_near_the_cpu() {
-    let device = CudaDevice::new_with_stream(0).expect("this test needs a CUDA device");
-    // SAFETY: one stream only.
-    unsafe { device.disable_event_tracking() };
+    let (device, _guard) = gpu();
     let there = Device::Cuda(device.clone());
     let mut random = Random(7);
     for (batch, text, image, heads) in [

@@ -1,7 +1,5 @@
 //! The kernels' self-test passes on the GPU that it runs on, with event tracking and without, as the pager has
 //! it. These tests fail where no CUDA device can be opened.
-#![cfg(feature = "cuda")]
-#![allow(clippy::unwrap_used)] // tests may panic
 
 use candle_core::CudaDevice;
 use mmgp_quant::{Card, fp8_multiplies, kernel_images, self_test, self_test_fp8};

@@ -1,8 +1,7 @@
 //! The tiny pipelines on a GPU: in f32 what diffusers draws, in bf16 and int8 near it, and the same bits under
 //! every budget.
-#![cfg(feature = "cuda")]
 
-#[path = "pipelines/run.rs"]
+#[path = "../pipelines/run.rs"]
 mod run;
 
 use candle_core::{DType, Device};
@@ -10,8 +9,11 @@ use mmgp_models::{Activations, OpenOptions, nn};
 use mmgp_residency::{Cuda, CudaOptions, Pager};
 use run::{Error, Runner};
 
+use crate::alone;
+
 #[test]
 fn tiny_pipelines_have_the_same_bits_under_every_budget() -> Result<(), Error> {
+    let _guard = alone();
     let int8 = || OpenOptions { quantize: vec!["transformer".into()], ..OpenOptions::default() };
     let w8a8 = || OpenOptions { activations: Activations::Int8, ..int8() };
     // Random weights of few channels: bf16 has an error of a few percent after some steps.

@@ -1,68 +1,17 @@
 //! Layers of rotated int8 weights on a CUDA device: the weight that they stand for is the CPU's bit for bit, products are those of it,
 //! those in int8 keep what outliers would take from plain ones, and codes of the other kind are refused. With
 //! `--nocapture` what the rotation takes is told too. These tests fail where no CUDA device can be opened.
-#![cfg(feature = "cuda")]
-#![allow(clippy::unwrap_used)] // helpers of tests may panic
 
 use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor};
-use mmgp_quant::{
-    Bias, CodedRows, Codes, Epilogue, Form, Input, Linear, MemorySource, Part, Source, Stored,
-    Weights,
-};
+use mmgp_quant::{Bias, CodedRows, Codes, Epilogue, Input, Linear, MemorySource, Weights};
 
-type Any = Box<dyn std::error::Error>;
-
-const DTYPES: [DType; 3] = [DType::BF16, DType::F16, DType::F32];
+use crate::{Any, DTYPES, In, bits, gpu, rand};
 
 /// `(rows of the input, outputs, inputs)`: one group, several, and longer rows than a thread keeps.
 const SHAPES: [(usize, usize, usize); 5] =
     [(1, 64, 256), (77, 264, 512), (300, 33, 1280), (130, 3072, 768), (3, 16, 33_024)];
-
-fn gpu() -> Device {
-    Device::new_cuda(0).expect("these tests need a CUDA device")
-}
-
-/// A memory source with another compute dtype, whose products may make their input int8.
-struct In {
-    source: MemorySource,
-    dtype: DType,
-    activations: bool,
-}
-
-impl Source for In {
-    fn stored(&self, name: &str) -> Option<Stored> {
-        self.source.stored(name)
-    }
-
-    fn tensor(&self, parts: &[Part], form: Form) -> mmgp_quant::Result<Tensor> {
-        match form {
-            Form::Compute => Ok(self.source.tensor(parts, Form::AsStored)?.to_dtype(self.dtype)?),
-            form => self.source.tensor(parts, form),
-        }
-    }
-
-    fn quantizes_activations(&self) -> Option<Codes> {
-        self.activations.then_some(Codes::Int8)
-    }
-
-    fn device(&self) -> &Device {
-        self.source.device()
-    }
-
-    fn compute_dtype(&self) -> DType {
-        self.dtype
-    }
-
-    fn origin(&self) -> String {
-        self.source.origin()
-    }
-}
-
-fn rand(shape: &[usize], dtype: DType) -> Tensor {
-    Tensor::randn(0f32, 1., shape, &Device::Cpu).unwrap().to_dtype(dtype).unwrap()
-}
 
 /// Codes and scales that `rows` become, scales in `dtype`.
 fn quantized(of: Codes, rows: &Tensor, dtype: DType) -> Result<(Tensor, Tensor), Any> {
@@ -88,7 +37,8 @@ impl Stands {
             .with("weight._scale", self.scales.to_device(dev)?)
             .with("bias", self.bias.to_device(dev)?);
         let (outputs, inputs) = self.codes.dims2()?;
-        Ok(Weights::new(In { source, dtype, activations }).linear(inputs, outputs, Bias::Yes)?)
+        Ok(Weights::new(In { source, dtype, activations: activations.then_some(Codes::Int8) })
+            .linear(inputs, outputs, Bias::Yes)?)
     }
 }
 
@@ -96,11 +46,6 @@ fn stands(of: Codes, weight: &Tensor, scale: DType, dtype: DType) -> Result<Stan
     let (codes, scales) = quantized(of, weight, scale)?;
     let bias = rand(&[weight.dim(0)?], dtype);
     Ok(Stands { of, codes, scales, bias })
-}
-
-fn bits(t: &Tensor) -> Vec<u32> {
-    let t = t.to_device(&Device::Cpu).unwrap().to_dtype(DType::F32).unwrap();
-    t.flatten_all().unwrap().to_vec1::<f32>().unwrap().iter().map(|v| v.to_bits()).collect()
 }
 
 fn wide(t: &Tensor) -> Tensor {
@@ -119,7 +64,7 @@ fn near(expected: &Tensor, found: &Tensor) -> Result<(f64, f64), Any> {
 
 #[test]
 fn cuda_rotated_weights_are_those_of_the_cpu_bit_for_bit() -> Result<(), Any> {
-    let dev = gpu();
+    let (dev, _) = gpu();
     for (_, outputs, inputs) in SHAPES {
         for scale in DTYPES {
             let weight = rand(&[outputs, inputs], DType::F32);
@@ -137,7 +82,7 @@ fn cuda_rotated_weights_are_those_of_the_cpu_bit_for_bit() -> Result<(), Any> {
 
 #[test]
 fn cuda_products_of_rotated_weights_are_those_of_what_they_stand_for() -> Result<(), Any> {
-    let dev = gpu();
+    let (dev, _) = gpu();
     for (rows, outputs, inputs) in SHAPES {
         for dtype in DTYPES {
             let weight = rand(&[outputs, inputs], DType::F32);
@@ -174,7 +119,7 @@ fn cuda_products_of_rotated_weights_are_those_of_what_they_stand_for() -> Result
 
 #[test]
 fn cuda_codes_are_read_by_weights_of_their_kind_alone() -> Result<(), Any> {
-    let dev = gpu();
+    let (dev, _) = gpu();
     let (rows, outputs, inputs) = (77, 264, 512);
     let (weight, x) = (rand(&[outputs, inputs], DType::F32), rand(&[rows, inputs], DType::BF16));
     let kinds = [Codes::Int8, Codes::RotatedInt8, Codes::Fp8];
@@ -202,7 +147,7 @@ fn cuda_codes_are_read_by_weights_of_their_kind_alone() -> Result<(), Any> {
 
 #[test]
 fn cuda_rows_without_numbers_or_values_are_kept_apart() -> Result<(), Any> {
-    let dev = gpu();
+    let (dev, _) = gpu();
     let weight = rand(&[32, 512], DType::F32);
     let stands = stands(Codes::RotatedInt8, &weight, DType::BF16, DType::BF16)?;
     let mut x: Vec<f32> = rand(&[4, 512], DType::F32).flatten_all()?.to_vec1()?;
@@ -238,7 +183,7 @@ fn seconds(
 
 #[test]
 fn cuda_rotation_guards_against_outliers() -> Result<(), Any> {
-    let dev = gpu();
+    let (dev, _) = gpu();
     println!("rows inputs outputs |  plain ms | rotated ms | plain: cosine, rotated: cosine");
     for (inputs, outputs) in [(3072, 9216), (12_288, 3072)] {
         // A few channels of the input are a hundred times as large as the rest.

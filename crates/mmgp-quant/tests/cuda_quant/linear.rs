@@ -1,8 +1,6 @@
 //! Linear layers on a CUDA device agree with the CPU: the expansion of int8 weights bit for bit, products
 //! within the rounding of the compute dtype, and those in int8 within what rounding the input costs. With
 //! `--nocapture` what products take is told too. These tests fail where no CUDA device can be opened.
-#![cfg(feature = "cuda")]
-#![allow(clippy::unwrap_used)] // helpers of tests may panic
 
 use std::time::Instant;
 
@@ -10,11 +8,10 @@ use candle_core::{
     CpuStorage, CudaStorage, D, DType, Device, InplaceOp1, Layout, Tensor, backend::BackendDevice,
 };
 use mmgp_quant::{
-    Band, Bias, Codes, Form, Int8Kernel, Linear, MemorySource, Part, Source, Stored, Weights,
-    add_low_rank, w8a8, w8a8_by,
+    Band, Bias, Codes, Int8Kernel, Linear, MemorySource, Weights, add_low_rank, w8a8, w8a8_by,
 };
 
-const DTYPES: [DType; 3] = [DType::BF16, DType::F16, DType::F32];
+use crate::{Any, DTYPES, In, bits, gpu, rand};
 
 /// `(rows of the input, outputs, inputs)`: widths that are no multiple of 16, single rows and outputs.
 const SHAPES: [(usize, usize, usize); 8] = [
@@ -28,12 +25,6 @@ const SHAPES: [(usize, usize, usize); 8] = [
     (299, 40, 515),
 ];
 
-type Any = Box<dyn std::error::Error>;
-
-fn gpu() -> Device {
-    Device::new_cuda(0).expect("these tests need a CUDA device")
-}
-
 /// The tolerance that products are held to, relative to the largest sum of magnitudes (what cancels loses
 /// digits): half the spacing of the dtype's numbers, with room for the weight being rounded too.
 fn tolerance(dtype: DType) -> f64 {
@@ -42,46 +33,6 @@ fn tolerance(dtype: DType) -> f64 {
         DType::F16 => 2e-3,
         _ => 1e-4,
     }
-}
-
-/// A memory source with another compute dtype, whose products may make their input int8.
-struct In {
-    source: MemorySource,
-    dtype: DType,
-    activations: bool,
-}
-
-impl Source for In {
-    fn stored(&self, name: &str) -> Option<Stored> {
-        self.source.stored(name)
-    }
-
-    fn tensor(&self, parts: &[Part], form: Form) -> mmgp_quant::Result<Tensor> {
-        match form {
-            Form::Compute => Ok(self.source.tensor(parts, Form::AsStored)?.to_dtype(self.dtype)?),
-            form => self.source.tensor(parts, form),
-        }
-    }
-
-    fn quantizes_activations(&self) -> Option<Codes> {
-        self.activations.then_some(Codes::Int8)
-    }
-
-    fn device(&self) -> &Device {
-        self.source.device()
-    }
-
-    fn compute_dtype(&self) -> DType {
-        self.dtype
-    }
-
-    fn origin(&self) -> String {
-        self.source.origin()
-    }
-}
-
-fn rand(shape: &[usize], dtype: DType) -> Tensor {
-    Tensor::randn(0f32, 1., shape, &Device::Cpu).unwrap().to_dtype(dtype).unwrap()
 }
 
 fn codes(outputs: usize, inputs: usize) -> Tensor {
@@ -117,12 +68,8 @@ fn layer_with(
     for (name, tensor) in tensors {
         source = source.with(*name, tensor.to_device(dev)?);
     }
-    Ok(Weights::new(In { source, dtype, activations }).linear(inputs, outputs, bias)?)
-}
-
-fn bits(t: &Tensor) -> Vec<u32> {
-    let t = t.to_device(&Device::Cpu).unwrap().to_dtype(DType::F32).unwrap();
-    t.flatten_all().unwrap().to_vec1::<f32>().unwrap().iter().map(|v| v.to_bits()).collect()
+    Ok(Weights::new(In { source, dtype, activations: activations.then_some(Codes::Int8) })
+        .linear(inputs, outputs, bias)?)
 }
 
 fn assert_close(got: &Tensor, expected: &Tensor, magnitude: &Tensor, dtype: DType, what: &str) {
@@ -147,7 +94,7 @@ fn magnitude(x: &Tensor, w: &Tensor, bias: &Tensor) -> Tensor {
 
 #[test]
 fn cuda_expansion_equals_the_cpu_bit_for_bit() -> Result<(), Any> {
-    let dev = gpu();
+    let (dev, _) = gpu();
     for (_, outputs, inputs) in SHAPES {
         for scale_dtype in DTYPES {
             let (codes, scales) = (codes(outputs, inputs), scales(outputs, scale_dtype));
@@ -163,7 +110,7 @@ fn cuda_expansion_equals_the_cpu_bit_for_bit() -> Result<(), Any> {
 
 #[test]
 fn cuda_products_are_close_to_f64() -> Result<(), Any> {
-    let dev = gpu();
+    let (dev, _) = gpu();
     for (rows, outputs, inputs) in SHAPES {
         for dtype in DTYPES {
             // Rounded once, so that the reference sees the values that the layers see.
@@ -198,7 +145,7 @@ fn cuda_products_are_close_to_f64() -> Result<(), Any> {
 
 #[test]
 fn cuda_bias_is_added_to_every_row() -> Result<(), Any> {
-    let dev = gpu();
+    let (dev, _) = gpu();
     for (rows, outputs, inputs) in SHAPES.into_iter().chain([(70_000, 8, 3), (70_000, 3, 1)]) {
         for dtype in DTYPES {
             let (x, weight) = (rand(&[rows, inputs], dtype), rand(&[outputs, inputs], dtype));
@@ -230,7 +177,7 @@ fn placed(tensor: &Tensor, skipped: usize, dev: &Device) -> Result<Tensor, Any> 
 
 #[test]
 fn cuda_products_have_the_same_bits_wherever_operands_lie() -> Result<(), Any> {
-    let dev = gpu();
+    let (dev, _) = gpu();
     let large = [(77, 3072, 768), (512, 64, 3072), (1, 256, 8192), (4, 1000, 4096)];
     for (rows, outputs, inputs) in SHAPES.into_iter().chain(large) {
         for dtype in [DType::BF16, DType::F16] {
@@ -258,7 +205,7 @@ fn cuda_products_have_the_same_bits_wherever_operands_lie() -> Result<(), Any> {
 
 #[test]
 fn cuda_low_rank_takes_adapters_as_they_are_stored() -> Result<(), Any> {
-    let dev = gpu();
+    let (dev, _) = gpu();
     // Scales that differ within a band, and one for each.
     let all = [[0.5f32, 2., -1., 0.25, 1., 3.], [2., 2., -0.5, -0.5, -0.5, -0.5]];
     // The width, and columns that bands begin at: at multiples of 16 bytes or not, with columns that none touches.
@@ -313,7 +260,7 @@ fn decoded(codes: &Tensor, scales: &Tensor) -> Result<Tensor, Any> {
 
 #[test]
 fn cuda_w8a8_is_as_close_to_f64_as_rounding_the_input_allows() -> Result<(), Any> {
-    let dev = gpu();
+    let (dev, _) = gpu();
     for (rows, outputs, inputs) in IN_INT8 {
         for dtype in [DType::BF16, DType::F16] {
             let (x, bias) = (rand(&[rows, inputs], dtype), rand(&[outputs], dtype));
@@ -365,7 +312,7 @@ fn cuda_w8a8_is_as_close_to_f64_as_rounding_the_input_allows() -> Result<(), Any
 
 #[test]
 fn cuda_layers_make_their_input_int8_only_where_that_is_allowed() -> Result<(), Any> {
-    let dev = gpu();
+    let (dev, _) = gpu();
     for (rows, outputs, inputs) in IN_INT8.into_iter().chain(SHAPES) {
         for dtype in DTYPES {
             let (x, bias) = (rand(&[rows, inputs], dtype), rand(&[outputs], dtype));
@@ -433,7 +380,7 @@ fn seconds(
 
 #[test]
 fn cuda_w8a8_of_normal_values_is_near_bf16() -> Result<(), Any> {
-    let dev = gpu();
+    let (dev, _) = gpu();
     println!(
         "rows inputs outputs |   w8a8 ms TOPS |   mma ms TOPS |   bf16 ms TOPS |  w8a16 ms TOPS | error cosine"
     );
@@ -503,7 +450,7 @@ impl InplaceOp1 for Unbind {
 
 #[test]
 fn cuda_weights_without_a_lease_are_errors() -> Result<(), Any> {
-    let dev = gpu();
+    let (dev, _) = gpu();
     let dtype = DType::BF16;
     let on_gpu = |t: Tensor| t.to_device(&dev);
     let x = on_gpu(rand(&[2, 7], dtype))?;
