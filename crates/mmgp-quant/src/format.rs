@@ -55,7 +55,7 @@ pub trait QuantTensor: Send + Sync {
     /// of rows, never on where anything lies or on the number of threads.
     ///
     /// # Errors
-    /// Whatever the tensor library refuses; weights that are not leased; on GPUs, codes of another kind than the weight reads.
+    /// Whatever the tensor library refuses; weights that are not leased; on GPUs, codes of another kind than a quantized weight reads.
     fn product(&self, x: &Input, bias: Option<&Tensor>) -> candle_core::Result<Tensor>;
 
     /// The same with an epilogue, into `y`: `[rows, outputs]` in the compute dtype, the values of a row side by side, which may be

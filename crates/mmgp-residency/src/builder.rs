@@ -116,7 +116,8 @@ impl ModelBuilder {
     }
 
     /// Lets products with weights of these codes make the rows of their input such codes too, on GPUs that multiply
-    /// them and for modules that are built from here on: faster, and less exact.
+    /// them and for modules that are built from here on: faster, and less exact. It decides what weights become, too
+    /// ([`quantize`](Self::quantize)), so it comes before the first module.
     pub fn quantize_activations(&mut self, codes: Codes) {
         *self.shared.activations.lock() = Some(codes);
     }

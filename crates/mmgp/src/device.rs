@@ -124,20 +124,31 @@ fn cuda(ordinal: usize, gpu: &GpuUse) -> mmgp_residency::Result<Opened> {
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
     let driver = crate::tested::driver_in(&maps);
     if let Device::Cuda(device) = cuda.candle() {
-        if let Some(program) = &gpu.compiler {
-            let compiled = self_test(&card, driver.as_deref(), &crate::modules::sources(), || {
-                Ok(crate::modules::compile_by(program, ordinal)?)
-            });
-            if let Err(why) = compiled {
-                tracing::info!(
-                    "the tensor library's kernels are compiled when they are used: {why}"
-                );
-            }
+        // Only where it can be noted that it was tried, else each start would.
+        if let Some(program) = &gpu.compiler
+            && driver.is_some()
+            && crate::Store::of_user().is_some()
+        {
+            let at_once = at_once(gpu.vram_limit);
+            self_test(&card, driver.as_deref(), &crate::modules::sources(), || {
+                if let Err(why) = crate::modules::compile_by(program, ordinal, at_once) {
+                    tracing::info!("kernels are compiled when they are used: {why}");
+                }
+                Ok(())
+            })?;
         }
         enable_tested(cuda.candle(), device, &card, driver.as_deref(), gpu.activations)?;
     }
     let machine = driver.map(|driver| format!("{card}, {driver}, {}", host()));
     Ok(Opened { pager: Pager::over(cuda)?, machine })
+}
+
+/// How many processes may have a context on the GPU beside this one's for a while.
+#[cfg(feature = "cuda")]
+fn at_once(limit: Option<Bytes>) -> usize {
+    // Four take as long as all: that is how long the longest does. A context takes about half of this.
+    const ROOM: u64 = 1 << 30;
+    limit.map_or(4, |limit| (limit.0 / ROOM).clamp(1, 4) as usize)
 }
 
 /// Tests what computes on the card, all side by side, and has what passed used. What the tensor library does too, only slower,
@@ -202,9 +213,19 @@ fn enable_tested(
     let results: Vec<TestResult> = std::thread::scope(|scope| {
         let test = |part: &Part<'_>| self_test(card, driver, &part.about, || (part.test)(device));
         let started: Vec<_> = parts.iter().map(|part| scope.spawn(move || test(part))).collect();
-        let panicked = |_| Err(mmgp_quant::Error::Invalid("a self-test panicked".into()));
-        started.into_iter().map(|test| test.join().unwrap_or_else(panicked)).collect()
+        let joined = started.into_iter().zip(&parts).map(|(test, part)| {
+            let panicked =
+                |_| Err(mmgp_quant::Error::Invalid(format!("{}: it panicked", part.what)));
+            test.join().unwrap_or_else(panicked)
+        });
+        joined.collect()
     });
+    // A fault of one takes the context from all: whoever reads the first error should know of the others.
+    for (part, result) in parts.iter().zip(&results) {
+        if let Err(error) = result {
+            tracing::warn!("the self-test of {} failed: {error}", part.what);
+        }
+    }
     for (part, result) in parts.iter().zip(results) {
         match result {
             Ok(()) if part.rank == Rank::Fused && !nn::enabled(device) => {}

@@ -36,6 +36,9 @@
 
 #![forbid(unsafe_code)]
 
+#[cfg(any(test, feature = "cuda"))]
+#[cfg_attr(not(feature = "cuda"), allow(dead_code))] // only its tests run without a GPU
+mod compilers;
 mod convert;
 mod device;
 mod error;
@@ -65,7 +68,7 @@ pub use mmgp_models::{
     Activations, Defaults, Event, GuidanceSchedule, Latents, Output, Picture, Pipeline, Recipe,
     Request, Tiles,
 };
-pub use mmgp_profiles::{Amounts, Hardware, Models, Profile, Settings, Switch};
+pub use mmgp_profiles::{Amounts, Hardware, Models, Profile, QuantizationType, Settings, Switch};
 pub use mmgp_residency::{Budget, Budgets, Bytes, Forecast, Plan, Report, process_peak};
 #[cfg(feature = "cuda")]
 pub use modules::compile as compile_kernels;

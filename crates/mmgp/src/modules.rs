@@ -2,19 +2,18 @@
 //! them, and keeps what it made. It compiles one at a time in a process, whatever the threads, so processes have it compile
 //! them side by side.
 
-use std::{
-    path::Path,
-    process::{Child, Command, Stdio},
-};
+use std::path::Path;
 
 use candle_core::{
-    Error, Result,
+    Result,
     cuda_backend::{
         WrapErr,
         cudarc::driver::CudaContext,
         kernels::{AFFINE, CAST, FILL, INDEXING, Module, REDUCE, TERNARY, UNARY},
     },
 };
+
+use crate::compilers;
 
 /// What pictures and videos need, what takes longest first. Sums, which would take three times as long as any of these, have kernels
 /// of ours ([`add`](mmgp_models::nn::add)).
@@ -33,34 +32,18 @@ pub(crate) fn sources() -> Vec<&'static [u8]> {
     USED.iter().map(|(_, module)| module.ptx().as_bytes()).collect()
 }
 
-/// Has processes of `program` compile each of them for the GPU `ordinal`: `program compile-kernels NAME ORDINAL` is to come to
-/// [`compile`].
+/// Has processes of `program` compile each of them for the GPU `ordinal`, at most so many `at_once`, each of which has a context
+/// on the GPU meanwhile: `program compile-kernels NAME ORDINAL` is to come to [`compile`].
 ///
 /// # Errors
-/// The first process that does not start or fails.
-pub(crate) fn compile_by(program: &Path, ordinal: usize) -> Result<()> {
-    let start = |(name, _): &(&'static str, &Module)| {
-        let mut command = Command::new(program);
-        command.args(["compile-kernels", name, &ordinal.to_string()]);
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        (*name, command.spawn())
-    };
-    // All are waited for, so that none is left behind.
-    let started: Vec<_> = USED.iter().map(start).collect();
-    let ended: Vec<_> = started
-        .into_iter()
-        .map(|(name, child)| (name, child.and_then(|mut child: Child| child.wait())))
-        .collect();
-    for (name, status) in ended {
-        match status {
-            Ok(status) if status.success() => {}
-            Ok(status) => {
-                candle_core::bail!("{} compile-kernels {name}: {status}", program.display())
-            }
-            Err(why) => return Err(Error::wrap(why)),
-        }
-    }
-    Ok(())
+/// The first process that does not start, fails, or takes too long, in words.
+pub(crate) fn compile_by(
+    program: &Path,
+    ordinal: usize,
+    at_once: usize,
+) -> std::result::Result<(), String> {
+    let names: Vec<&str> = USED.iter().map(|(name, _)| *name).collect();
+    compilers::run(program, &names, ordinal, at_once, compilers::PATIENCE)
 }
 
 /// Has the driver compile the one called `name` for the GPU `ordinal`.

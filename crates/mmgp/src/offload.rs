@@ -102,7 +102,8 @@ impl OffloadBuilder {
     /// A program that, started as `program compile-kernels NAME ORDINAL`, comes to `compile_kernels` of this crate,
     /// as the command does. Of the tensor library's kernels there is no machine code: when a GPU is first used on a machine
     /// the driver compiles them, one after another in one process, which takes ten seconds; several processes do it in four.
-    /// By default, and without a GPU, none is started.
+    /// At most four run at once, each with a context on the GPU (about 0.5 GB). A program that does something else with such
+    /// arguments is refused when it comes here again. By default, and without a GPU, none is started.
     #[must_use]
     pub fn kernel_compiler(mut self, program: impl Into<PathBuf>) -> Self {
         self.gpu.compiler = Some(program.into());

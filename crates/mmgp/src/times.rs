@@ -56,7 +56,14 @@ impl Times {
     /// Kept in `notes`, unless it is not known what the machine is.
     pub(crate) fn new(notes: Option<Notes>, machine: Option<String>, gpu: &GpuUse) -> Self {
         // A limit on VRAM changes what is copied, not how fast.
-        let GpuUse { link_limit, locked_share, synchronous, activations, .. } = *gpu;
+        let GpuUse {
+            vram_limit: _,
+            compiler: _,
+            link_limit,
+            locked_share,
+            synchronous,
+            activations,
+        } = *gpu;
         Self {
             notes: notes.filter(|_| machine.is_some()),
             machine: machine.unwrap_or_default(),

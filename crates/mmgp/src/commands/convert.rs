@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use mmgp::{Activations, DeviceChoice, Offload, Overwrite, Settings};
+use mmgp::{Activations, DeviceChoice, Offload, Overwrite, QuantizationType, Settings};
 
 use super::quantize::Quantize;
 
@@ -37,6 +37,9 @@ pub(crate) struct Args {
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let mut settings = Settings::default();
     args.quantize.apply(&mut settings)?;
+    if args.int8_activations && *settings.quantization_type.get() == QuantizationType::Qfloat8 {
+        anyhow::bail!("--int8-activations is for int8 weights, and --quantize fp8 makes others");
+    }
     let overwrite = if args.overwrite { Overwrite::Yes } else { Overwrite::No };
     let builder = Offload::builder().device(DeviceChoice::Cpu).settings(settings);
     let builder = match args.int8_activations {

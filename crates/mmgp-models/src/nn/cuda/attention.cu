@@ -335,7 +335,6 @@ static __device__ __forceinline__ void attend(const Attention &p, u32 queries_at
     }
 }
 
-// What a block shares: the queries as memory that the launch gives, beside it the tile.
 // A kernel may be brought up before the one before it ends (`Kernel::launch`): waits for that, then lets the next one come up.
 static __device__ __forceinline__ void in_turn() {
 #if __CUDA_ARCH__ >= 900
@@ -344,6 +343,7 @@ static __device__ __forceinline__ void in_turn() {
 #endif
 }
 
+// What a block shares: the queries as memory that the launch gives, beside it the tile.
 #define ATTENTION(NAME, T, D, BLOCKS)                                                              \
     extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) NAME(const __grid_constant__ Attention p) { \
         extern __shared__ __align__(256) unsigned char queries[];                                  \

@@ -115,18 +115,27 @@ fn projected<T: Element>(heads: Heads, streams: &[Projected<'_>]) -> Result<Opti
 
 /// The batch and the tokens of all streams, where products can write their heads side by side and the kernel turns such heads.
 fn projects<T: Element>(heads: Heads, streams: &[Projected<'_>]) -> Result<Option<[usize; 2]>> {
-    let (mut batch, mut total) = (0, 0);
+    let (mut batches, mut total) = (Vec::with_capacity(streams.len()), 0);
     for stream in streams {
         let &[items, tokens, _] = stream.x.dims() else {
             bail!("heads: a stream of {:?}", stream.x.dims());
         };
-        (batch, total) = (items, total + tokens);
+        batches.push(items);
+        total += tokens;
     }
+    let batch = batches.first().copied().unwrap_or(0);
+    // What the kernel reads beside them.
+    let turns = |stream: &Projected<'_>| {
+        let [q, k] = stream.norms;
+        let alike = |norm: &RmsNorm| norm.weight().dtype() == stream.x.dtype();
+        stream.rope.pairs() == Pairs::Neighbours && alike(q) && alike(k) && q.eps() == k.eps()
+    };
     let vectors = heads.dim / T::VECTOR as usize;
     let fits = heads.dim.is_multiple_of(T::VECTOR as usize)
         && (1..=32).contains(&vectors)
         && batch * total > 0
-        && streams.iter().all(|stream| stream.rope.pairs() == Pairs::Neighbours)
+        && streams.iter().all(turns)
+        && batches.iter().all(|&items| items == batch)
         // Else the tokens of an item would not lie side by side.
         && (batch == 1 || streams.len() == 1)
         && !streams.iter().any(|stream| stream.linear.side().is_taken());

@@ -135,11 +135,11 @@ impl Kernel {
         unsafe { result::function::set_function_attribute(self.function, SHARED, bytes as i32) }.w()
     }
 
-    /// Queues it on `stream`, behind all that was queued there. Cards that can (from compute capability 9.0 on) bring its
-    /// blocks up while the kernel before it ends, which otherwise costs 1 to 2 us a launch.
+    /// Queues it on `stream`, behind all that was queued there. Cards that can bring its blocks up while the kernel before it ends,
+    /// where it was compiled for them: of compute capability 9.0 and 12.x as images are made here.
     ///
     /// # Safety
-    /// `stream` is of the context that the kernel was loaded in, `parameters` are those of the kernel in their order and of their
+    /// The kernel begins as [`KernelImage::new`] says, `stream` is of the context that the kernel was loaded in, `parameters` are those of the kernel in their order and of their
     /// types, and with them it reads and writes nothing but memory that is ordered by `stream`.
     ///
     /// # Errors
