@@ -146,7 +146,7 @@ fn cuda(ordinal: usize, gpu: &GpuUse) -> mmgp_residency::Result<Opened> {
 /// How many processes may have a context on the GPU beside this one's for a while.
 #[cfg(feature = "cuda")]
 fn at_once(limit: Option<Bytes>) -> usize {
-    // Four take as long as all: that is how long the longest does. A context takes about half of this.
+    // For each process. Four at once end when the longest does, as the others together take no longer than it.
     const ROOM: u64 = 1 << 30;
     limit.map_or(4, |limit| (limit.0 / ROOM).clamp(1, 4) as usize)
 }
