@@ -6,10 +6,9 @@
 //! 1; a code is `w / scale` by the rounded scale, to nearest, ties to even, and at most 448.
 
 use super::{
-    int8::{Encoding, NotFinite, Real, quantize_all, quantize_with},
+    int8::{Encoding, NotFinite, Real, decode_with, quantize_all, quantize_with},
     isa::Isa,
 };
-use rayon::prelude::*;
 
 /// The largest number that has a code.
 pub(crate) const MOST: f32 = 448.;
@@ -80,14 +79,7 @@ pub(crate) fn quantize_rows<T: Real>(
 /// The weights that `codes` `[rows, inputs]` stand for: `code · scale`, the product rounded once to the dtype of
 /// `scales`; there is one for each row.
 pub(crate) fn decode<T: Real>(codes: &[u8], inputs: usize, scales: &[T], weight: &mut [T]) {
-    let isa = Isa::detected();
-    let inputs = inputs.max(1);
-    let tasks = codes.par_chunks(inputs).zip(weight.par_chunks_mut(inputs)).zip(scales);
-    tasks.for_each_init(Vec::new, |wide, ((codes, weight), scale)| {
-        wide.resize(codes.len(), 0f32);
-        expand_row(isa, codes, scale.widen(), wide);
-        weight.iter_mut().zip(&*wide).for_each(|(to, &from)| *to = T::round(from));
-    });
+    decode_with(codes, inputs, scales, weight, expand_row);
 }
 
 /// Rows of codes as f32, for products: `code · scale` in f32.

@@ -147,12 +147,23 @@ pub(super) fn quantize_with<E: Encoding, T: Real>(
 /// The weights that `codes` `[rows, inputs]` stand for: `code · scale`, the product rounded once to
 /// the dtype of `scales`.
 pub fn decode<T: Real>(codes: &[u8], inputs: usize, scales: &[T], weight: &mut [T]) {
+    decode_with(codes, inputs, scales, weight, expand_row);
+}
+
+/// [`decode`] of codes that `expand` makes a row of numbers of, by its scale.
+pub(super) fn decode_with<T: Real>(
+    codes: &[u8],
+    inputs: usize,
+    scales: &[T],
+    weight: &mut [T],
+    expand: impl Fn(Isa, &[u8], f32, &mut [f32]) + Sync,
+) {
     let isa = Isa::detected();
     let inputs = inputs.max(1);
     let tasks = codes.par_chunks(inputs).zip(weight.par_chunks_mut(inputs)).zip(scales);
     tasks.for_each_init(Vec::new, |wide, ((codes, weight), scale)| {
         wide.resize(codes.len(), 0f32);
-        expand_row(isa, codes, scale.widen(), wide);
+        expand(isa, codes, scale.widen(), wide);
         weight.iter_mut().zip(&*wide).for_each(|(to, &from)| *to = T::round(from));
     });
 }

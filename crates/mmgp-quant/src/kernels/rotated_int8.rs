@@ -3,10 +3,8 @@
 //! Codes and scales follow the same rule, by the largest magnitude of the rotated row. What codes stand for is `code · scale`
 //! in f32, rotated back and rounded once. Rows hold whole groups; values behind the last would stay unrotated, both ways.
 
-use rayon::prelude::*;
-
 use super::{
-    int8::{NotFinite, Real, amax, encode, expand_row, in_tasks, scale_of},
+    int8::{NotFinite, Real, amax, decode_with, encode, expand_row, in_tasks, scale_of},
     isa::Isa,
     rotation::rotate,
 };
@@ -57,14 +55,9 @@ pub(crate) fn quantize_rows<T: Real>(
 
 /// [`decode`](super::int8::decode) of the codes of rotated rows.
 pub(crate) fn decode<T: Real>(codes: &[u8], inputs: usize, scales: &[T], weight: &mut [T]) {
-    let isa = Isa::detected();
-    let inputs = inputs.max(1);
-    let tasks = codes.par_chunks(inputs).zip(weight.par_chunks_mut(inputs)).zip(scales);
-    tasks.for_each_init(Vec::new, |wide, ((codes, weight), scale)| {
-        wide.resize(codes.len(), 0f32);
-        expand_row(isa, codes, scale.widen(), wide);
+    decode_with(codes, inputs, scales, weight, |isa, codes, scale, wide| {
+        expand_row(isa, codes, scale, wide);
         rotate(wide);
-        weight.iter_mut().zip(&*wide).for_each(|(to, &from)| *to = T::round(from));
     });
 }
 
