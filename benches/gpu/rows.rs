@@ -82,8 +82,9 @@ impl Steps {
         match image {
             // A step takes seconds.
             8192.. => Self { warm_up: 2, groups: 1, each: 3 },
-            2048.. => Self { warm_up: 3, groups: 3, each: 2 },
-            _ => Self { warm_up: 3, groups: 5, each: 1 },
+            2048.. => Self { warm_up: 3, groups: 5, each: 1 },
+            // Steps are short, and what else uses the link holds single ones up.
+            _ => Self { warm_up: 3, groups: 7, each: 1 },
         }
     }
 }
