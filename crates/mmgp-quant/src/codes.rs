@@ -96,6 +96,22 @@ impl Codes {
             Codes::RotatedInt8 => rotated_int8::quantize_rows(weight, inputs, codes, scales),
         }
     }
+
+    /// The weights that codes `[rows, inputs]` with a scale for each row stand for, rounded once to the dtype of
+    /// `weight`, on all threads of the current pool.
+    pub(crate) fn decode<T: Real>(
+        self,
+        codes: &[u8],
+        inputs: usize,
+        scales: &[f32],
+        weight: &mut [T],
+    ) {
+        match self {
+            Codes::Int8 => int8::decode(codes, inputs, scales, weight),
+            Codes::Fp8 => fp8::decode(codes, inputs, scales, weight),
+            Codes::RotatedInt8 => rotated_int8::decode(codes, inputs, scales, weight),
+        }
+    }
 }
 
 impl fmt::Display for Codes {

@@ -4,8 +4,10 @@
 //! place of the numbers, for all layers that [read](crate::Linear::reads) the same.
 
 use candle_core::{DType, Device, Result, Tensor};
+#[cfg(feature = "cuda")]
+use parking_lot::Mutex;
 
-use crate::Codes;
+use crate::{Codes, Linear};
 
 /// Rows as codes of a byte, each with a scale.
 #[derive(Clone, Debug)]
@@ -65,7 +67,7 @@ impl Input {
             Self::Numbers(x) => Ok(x.clone()),
             Self::Codes(rows) => {
                 let CodedRows { of, codes, scales, dtype, dims } = rows;
-                crate::formats::decoded(*of, codes, scales, *dtype)?.reshape(dims.as_slice())
+                crate::decode::decoded(*of, codes, Some(scales), *dtype)?.reshape(dims.as_slice())
             }
         }
     }
@@ -77,6 +79,53 @@ impl Input {
             Self::Numbers(x) => x.flatten(0, x.rank().saturating_sub(2)),
             Self::Codes(rows) => self.numbers()?.reshape(rows.codes.dims()),
         }
+    }
+}
+
+/// Numbers that many layers read: the codes of a kind are made once for all layers that read those.
+#[derive(Debug)]
+pub struct SharedInput {
+    numbers: Input,
+    #[cfg(feature = "cuda")]
+    coded: Mutex<Vec<CodedRows>>,
+}
+
+impl SharedInput {
+    /// Of `[…, inputs]` in the compute dtype.
+    pub fn new(numbers: Tensor) -> Self {
+        Self {
+            numbers: numbers.into(),
+            #[cfg(feature = "cuda")]
+            coded: Mutex::default(),
+        }
+    }
+
+    /// The numbers.
+    pub fn numbers(&self) -> &Input {
+        &self.numbers
+    }
+
+    /// What `layer` makes of it.
+    ///
+    /// # Errors
+    /// Those of [`Linear::forward`].
+    pub fn through(&self, layer: &Linear) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if let (Some(of), Input::Numbers(x)) = (layer.reads(&self.numbers), &self.numbers) {
+            let mut coded = self.coded.lock();
+            let there = coded.iter().find(|rows| rows.of == of).cloned();
+            let rows = match there {
+                Some(rows) => rows,
+                None => {
+                    let rows = crate::kernels::cuda::coded(of, x)?;
+                    coded.push(rows.clone());
+                    rows
+                }
+            };
+            drop(coded);
+            return layer.forward_input(&Input::Codes(rows));
+        }
+        layer.forward_input(&self.numbers)
     }
 }
 

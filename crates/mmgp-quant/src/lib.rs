@@ -24,6 +24,7 @@
 #[cfg(any(test, feature = "cuda"))]
 mod card;
 mod codes;
+mod decode;
 mod error;
 mod format;
 mod formats;
@@ -43,7 +44,7 @@ pub use card::Card;
 pub use codes::Codes;
 pub use error::{Error, Result};
 pub use format::{Epilogue, Format, QuantTensor, formats};
-pub use input::{CodedRows, Input};
+pub use input::{CodedRows, Input, SharedInput};
 #[cfg(feature = "cuda")]
 pub use kernels::cuda::{
     Int8Kernel, Kernel, KernelImage, Parameter, disable_fp8, enable_fp8, fp8_enabled,

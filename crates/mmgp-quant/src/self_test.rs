@@ -34,23 +34,16 @@ const DTYPES: [DType; 3] = [DType::BF16, DType::F16, DType::F32];
 #[cfg(feature = "cuda")]
 pub fn self_test(device: &candle_core::CudaDevice) -> Result<()> {
     for (outputs, inputs, skipped) in EXPANDED {
-        for scale in DTYPES {
-            for to in DTYPES {
-                for of in [Codes::Int8, Codes::Fp8] {
-                    on_gpu::expand(device, of, (outputs, inputs), skipped, Some(scale), to)?;
-                }
-            }
-        }
         for to in DTYPES {
-            on_gpu::expand(device, Codes::Fp8, (outputs, inputs), skipped, None, to)?;
+            for (of, scaled) in [(Codes::Int8, true), (Codes::Fp8, true), (Codes::Fp8, false)] {
+                on_gpu::expand(device, of, (outputs, inputs), skipped, scaled, to)?;
+            }
         }
     }
     for (outputs, inputs, skipped) in EXPANDED_ROTATED {
-        for scale in DTYPES {
-            for to in DTYPES {
-                let (of, shape) = (Codes::RotatedInt8, (outputs, inputs));
-                on_gpu::expand(device, of, shape, skipped, Some(scale), to)?;
-            }
+        for to in DTYPES {
+            let (of, shape) = (Codes::RotatedInt8, (outputs, inputs));
+            on_gpu::expand(device, of, shape, skipped, true, to)?;
         }
     }
     for (rows, outputs, skipped) in BIASED {
@@ -70,16 +63,12 @@ pub fn self_test(device: &candle_core::CudaDevice) -> Result<()> {
     }
     for shape in INT8 {
         for dtype in [DType::BF16, DType::F16] {
-            for scale in DTYPES {
-                on_gpu::w8a8(device, Codes::Int8, shape, dtype, scale)?;
-            }
+            on_gpu::w8a8(device, Codes::Int8, shape, dtype)?;
         }
     }
     for shape in INT8_ROTATED {
         for dtype in [DType::BF16, DType::F16] {
-            for scale in DTYPES {
-                on_gpu::w8a8(device, Codes::RotatedInt8, shape, dtype, scale)?;
-            }
+            on_gpu::w8a8(device, Codes::RotatedInt8, shape, dtype)?;
         }
     }
     for activated in ACTIVATED {
@@ -98,17 +87,15 @@ pub fn self_test(device: &candle_core::CudaDevice) -> Result<()> {
 /// As [`self_test`]; [`Error::Candle`] too on GPUs without such products.
 #[cfg(feature = "cuda")]
 pub fn self_test_fp8(device: &candle_core::CudaDevice) -> Result<()> {
-    for (rows, outputs, inputs) in FP8_ROWS {
+    for (rows, inputs) in FP8_ROWS {
         for dtype in [DType::BF16, DType::F16] {
-            for scale in [Some(DType::BF16), Some(DType::F16), Some(DType::F32), None] {
-                on_gpu::quantize_fp8(device, (rows, outputs, inputs), dtype, scale)?;
-            }
+            on_gpu::quantize_fp8(device, (rows, inputs), dtype)?;
         }
     }
     for shape in FP8 {
         for dtype in [DType::BF16, DType::F16] {
-            for scale in [Some(DType::BF16), None] {
-                on_gpu::fp8(device, shape, dtype, scale)?;
+            for scaled in [true, false] {
+                on_gpu::fp8(device, shape, dtype, scaled)?;
             }
         }
     }
@@ -184,10 +171,8 @@ const INT8: [(usize, usize, usize); 7] = [
 const INT8_ROTATED: [(usize, usize, usize); 5] =
     [(1, 64, 256), (3, 136, 512), (77, 33, 1280), (300, 48, 256), (3, 16, 33_024)];
 
-/// `(rows, outputs, inputs)` of rows that become e4m3: a vector, threads without one, longer rows than a thread keeps, and
-/// more outputs than a block has threads.
-const FP8_ROWS: [(usize, usize, usize); 4] =
-    [(1, 5, 8), (77, 333, 272), (3, 16, 33_024), (300, 1100, 128)];
+/// `(rows, inputs)` of rows that become e4m3: a vector, threads without one, longer rows than a thread keeps.
+const FP8_ROWS: [(usize, usize); 4] = [(1, 8), (77, 272), (3, 33_024), (300, 128)];
 
 /// `(rows, outputs, inputs)` of products in fp8: one row and few, tiles that are cut.
 const FP8: [(usize, usize, usize); 6] =
@@ -534,10 +519,8 @@ mod tests {
         assert!(INT8_ROTATED.iter().any(|&(r, _, i)| r > 2 && i > 1024 * 32));
         assert!(EXPANDED_ROTATED.iter().any(|&(_, _, s)| s % 8 != 0));
         // In fp8: the same quantization, and sides of 16 alone.
-        assert!(
-            FP8_ROWS.iter().any(|&(_, _, i)| i > 1024 * 32) && FP8_ROWS.iter().any(|s| s.1 > 1024)
-        );
-        assert!(FP8_ROWS.iter().all(|(_, _, i)| i % 8 == 0));
+        assert!(FP8_ROWS.iter().any(|&(_, i)| i > 1024 * 32));
+        assert!(FP8_ROWS.iter().all(|(_, i)| i % 8 == 0));
         assert!(FP8.iter().all(|(_, o, i)| o % 16 == 0 && i % 16 == 0));
         assert!(FP8.iter().any(|&(r, _, _)| r == 1) && FP8.iter().any(|&(r, _, _)| r > 256));
     }

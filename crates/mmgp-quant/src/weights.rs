@@ -35,9 +35,11 @@ pub enum Form {
     Compute,
     /// Codes of a byte as they lie in the file, U8: for number formats that candle has no dtype for.
     Bytes,
+    /// Converted to f32: scales of codes, as products take them.
+    F32,
     /// The codes that a dense weight is quantized to while it is read, U8 of the same shape.
     Codes(Codes),
-    /// Their scales, `[outputs, 1]` in the dtype of the weight. Asked for right after the codes.
+    /// Their scales, `[outputs, 1]` in f32, rounded to the dtype of the weight. Asked for right after the codes.
     Scales,
 }
 
@@ -317,6 +319,7 @@ impl Source for MemorySource {
         Ok(match form {
             Form::AsStored | Form::Bytes => joined,
             Form::Compute => joined.to_dtype(self.compute_dtype())?,
+            Form::F32 => joined.to_dtype(DType::F32)?,
             Form::Codes(_) | Form::Scales => {
                 return Err(Error::Invalid("memory sources do not quantize".into()));
             }

@@ -341,10 +341,11 @@ impl BlockSource {
             let converts = match form {
                 Form::AsStored | Form::Compute => dense || stored == Dtype::F8E4M3,
                 Form::Bytes => false,
-                Form::Codes(_) | Form::Scales => dense,
+                Form::F32 | Form::Codes(_) | Form::Scales => dense,
             };
             match (form, travels) {
-                (Form::AsStored | Form::Scales, Some(dtype)) => dtypes.push(dtype),
+                (Form::AsStored, Some(dtype)) => dtypes.push(dtype),
+                (Form::F32 | Form::Scales, _) if converts => dtypes.push(DType::F32),
                 (Form::Bytes, _) if is_byte(stored) => dtypes.push(DType::U8),
                 (Form::Codes(_), _) if converts => dtypes.push(DType::U8),
                 _ if converts => dtypes.push(self.shared.compute),
@@ -448,7 +449,7 @@ impl Source for BlockSource {
             _ => self.slot_dtype(parts, form)?,
         };
         let making = match form {
-            Form::AsStored | Form::Bytes | Form::Compute => Making::Values,
+            Form::AsStored | Form::Bytes | Form::Compute | Form::F32 => Making::Values,
             Form::Codes(codes) => Making::Codes(codes),
             Form::Scales => Making::Scales,
         };

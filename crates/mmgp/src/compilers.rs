@@ -110,7 +110,7 @@ mod tests {
             fs::remove_file(dir.path().join("log")).unwrap();
         }
         let (_dir, path) = program("echo first >&2; echo no memory >&2; exit 3");
-        let why = run(&path, 2, PATIENCE).unwrap_err();
+        let why = run(&path, 1, PATIENCE).unwrap_err();
         assert!(why.contains("program compile-kernels a: exit status: 3: no memory"), "{why}");
         let why = run(Path::new("/nowhere/at all"), 2, PATIENCE).unwrap_err();
         assert!(why.contains("/nowhere/at all compile-kernels a: "), "{why}");

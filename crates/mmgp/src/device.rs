@@ -1,5 +1,7 @@
 //! Which device models run on, and the pager over it.
 
+#[cfg(feature = "cuda")]
+use std::path::Path;
 use std::{fmt, path::PathBuf, str::FromStr};
 
 #[cfg(feature = "cuda")]
@@ -124,31 +126,36 @@ fn cuda(ordinal: usize, gpu: &GpuUse) -> mmgp_residency::Result<Opened> {
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
     let driver = crate::tested::driver_in(&maps);
     if let Device::Cuda(device) = cuda.candle() {
-        // Only where it can be noted that it was tried, else each start would.
-        if let Some(program) = &gpu.compiler
-            && driver.is_some()
-            && crate::Store::of_user().is_some()
-        {
-            let at_once = at_once(gpu.vram_limit);
-            self_test(&card, driver.as_deref(), &crate::modules::sources(), || {
-                if let Err(why) = crate::modules::compile_by(program, ordinal, at_once) {
-                    tracing::info!("kernels are compiled when they are used: {why}");
-                }
-                Ok(())
-            })?;
-        }
-        enable_tested(cuda.candle(), device, &card, driver.as_deref(), gpu.activations)?;
+        std::thread::scope(|scope| {
+            // Only where it can be noted that it was tried, else each start would.
+            if let Some(program) = &gpu.compiler
+                && driver.is_some()
+                && crate::Store::of_user().is_some()
+            {
+                scope.spawn(|| compile(program, ordinal, gpu.vram_limit, &card, driver.as_deref()));
+            }
+            enable_tested(cuda.candle(), device, &card, driver.as_deref(), gpu.activations)
+        })?;
     }
     let machine = driver.map(|driver| format!("{card}, {driver}, {}", host()));
     Ok(Opened { pager: Pager::over(cuda)?, machine })
 }
 
-/// How many processes may have a context on the GPU beside this one's for a while.
+/// Has processes of `program` compile the tensor library's kernels once for this card, driver and build.
 #[cfg(feature = "cuda")]
-fn at_once(limit: Option<Bytes>) -> usize {
-    // For each process. Four at once end when the longest does, as the others together take no longer than it.
+fn compile(program: &Path, ordinal: usize, limit: Option<Bytes>, card: &str, driver: Option<&str>) {
+    // For each process that has a context on the GPU beside this one's for a while.
     const ROOM: u64 = 1 << 30;
-    limit.map_or(4, |limit| (limit.0 / ROOM).clamp(1, 4) as usize)
+    let at_once = limit.map_or(4, |limit| (limit.0 / ROOM).clamp(1, 4) as usize);
+    let tried = once(card, driver, &crate::modules::sources(), || {
+        tracing::info!("the driver compiles kernels for {card}");
+        let compiled = crate::modules::compile_by(program, ordinal, at_once);
+        if let Err(why) = compiled {
+            tracing::info!("kernels are compiled when they are used: {why}");
+        }
+        Ok(())
+    });
+    debug_assert!(tried.is_ok(), "what is only tried does not fail");
 }
 
 /// Tests what computes on the card, all side by side, and has what passed used. What the tensor library does too, only slower,
@@ -211,7 +218,12 @@ fn enable_tested(
         parts.push(part("cuDNN's convolution", about(b"convolution"), test, enable));
     }
     let results: Vec<TestResult> = std::thread::scope(|scope| {
-        let test = |part: &Part<'_>| self_test(card, driver, &part.about, || (part.test)(device));
+        let test = |part: &Part<'_>| {
+            once(card, driver, &part.about, || {
+                tracing::info!("testing {} on {card}", part.what);
+                (part.test)(device)
+            })
+        };
         let started: Vec<_> = parts.iter().map(|part| scope.spawn(move || test(part))).collect();
         let joined = started.into_iter().zip(&parts).map(|(test, part)| {
             let panicked =
@@ -274,14 +286,13 @@ enum Rank {
 #[cfg(feature = "cuda")]
 type TestResult = Result<(), mmgp_quant::Error>;
 
-/// Tests what computes on the card, once for this card, driver and build: kernels, and versions of libraries. What is done
-/// once for them and is no test goes through here too.
+/// Does what is done once for this card, driver and build: kernels, and versions of libraries.
 #[cfg(feature = "cuda")]
-fn self_test(
+fn once(
     card: &str,
     driver: Option<&str>,
     kernels: &[&[u8]],
-    test: impl FnOnce() -> TestResult,
+    run: impl FnOnce() -> TestResult,
 ) -> TestResult {
     use crate::{Store, notes::Notes, tested};
     let subject = driver.map(|driver| tested::Subject {
@@ -291,10 +302,7 @@ fn self_test(
         kernels: blake3::hash(&kernels.concat()).to_hex().to_string(),
     });
     let notes = Store::of_user().map(|store| Notes::at(store.folder().join("self-test")));
-    tested::once(notes.as_ref(), subject.as_ref(), || {
-        tracing::info!("testing the kernels on {card}");
-        test()
-    })
+    tested::once(notes.as_ref(), subject.as_ref(), run)
 }
 
 #[cfg(not(feature = "cuda"))]

@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use crate::{Error, Result, notes::Notes};
 
 /// Part of every key: changes when what is written for the same source does.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 /// What a store holds at most by default.
 const CAP: Bytes = Bytes(50_000_000_000);
 

@@ -5,7 +5,7 @@
 //! given back.
 
 use candle_core::{Result, Tensor};
-use mmgp_quant::{Bias, Linear, Weights};
+use mmgp_quant::{Bias, Linear, SharedInput, Weights};
 
 use crate::{
     cogvideox::CogVideoXConfig,
@@ -42,7 +42,7 @@ impl JointNorm {
         &self,
         image: &Tensor,
         text: &Tensor,
-        activated: &Tensor,
+        activated: &SharedInput,
     ) -> Result<(Tensor, Gates)> {
         let [shift, scale, gate, text_shift, text_scale, text_gate] =
             self.modulation.forward(activated)?;
@@ -100,7 +100,7 @@ impl CogVideoXBlock {
         &self,
         image: &Tensor,
         text: &Tensor,
-        activated: &Tensor,
+        activated: &SharedInput,
         rope: Option<&Rope>,
     ) -> Result<(Tensor, Tensor)> {
         let (x, gates) = self.norm1.forward(image, text, activated)?;

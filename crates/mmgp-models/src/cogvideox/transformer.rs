@@ -4,7 +4,7 @@
 //! together again; everything between is blocks, leased one after another.
 
 use candle_core::{DType, Device, Result as CandleResult, Tensor, TensorId};
-use mmgp_quant::{Bias, Linear, Weights};
+use mmgp_quant::{Bias, Linear, SharedInput, Weights};
 use mmgp_residency::{ModelBuilder, Paged, Pager};
 use parking_lot::Mutex;
 
@@ -118,7 +118,7 @@ impl CogVideoXTransformer {
         drop(parts);
         for visit in pass.blocks() {
             streams = visit?.run(|block| {
-                let forward = |((image, text), vector): (&(Tensor, Tensor), &Tensor)| {
+                let forward = |((image, text), vector): (&(Tensor, Tensor), &SharedInput)| {
                     block.forward(image, text, vector, rope.as_ref())
                 };
                 streams.iter().zip(&vectors).map(forward).collect()
@@ -328,7 +328,7 @@ impl Stem {
         &self,
         inputs: &Part,
         sinusoids: Option<&Sinusoids>,
-    ) -> CandleResult<(Tensor, Tensor, Tensor)> {
+    ) -> CandleResult<(Tensor, Tensor, SharedInput)> {
         let embedded = |mlp: &Mlp, t: &Tensor, width: usize| {
             mlp.forward(&timestep_embedding(t, width)?.to_dtype(self.compute)?)
         };
@@ -348,13 +348,13 @@ impl Stem {
             text = add(&text, &table.narrow(1, 0, m)?)?;
             image = add(&image, &table.narrow(1, m, n)?)?;
         }
-        Ok((image, text, Activation::Silu.apply(&vector)?))
+        Ok((image, text, SharedInput::new(Activation::Silu.apply(&vector)?)))
     }
 
     fn project(
         &self,
         image: &Tensor,
-        activated: &Tensor,
+        activated: &SharedInput,
         grid: [usize; 3],
     ) -> CandleResult<Tensor> {
         let [shift, scale] = self.modulation.forward(activated)?;

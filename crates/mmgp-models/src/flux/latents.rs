@@ -4,6 +4,8 @@
 
 use candle_core::{Device, Result, Tensor};
 
+use crate::nn::contiguous;
+
 /// Latents `[batch, channels, height, width]` to tokens `[batch, (height/2)(width/2), channels · 4]`,
 /// row by row; a token's values are ordered channel, row, column.
 ///
@@ -12,11 +14,8 @@ use candle_core::{Device, Result, Tensor};
 pub fn pack(latents: &Tensor) -> Result<Tensor> {
     let (batch, channels, height, width) = latents.dims4()?;
     let (rows, columns) = (height / 2, width / 2);
-    latents.reshape((batch, channels, rows, 2, columns, 2))?.permute((0, 2, 4, 1, 3, 5))?.reshape((
-        batch,
-        rows * columns,
-        channels * 4,
-    ))
+    let parts = latents.reshape((batch, channels, rows, 2, columns, 2))?;
+    contiguous(&parts.permute((0, 2, 4, 1, 3, 5))?)?.reshape((batch, rows * columns, channels * 4))
 }
 
 /// Tokens back to latents: the inverse of [`pack`], for a grid of `rows` × `columns` tokens.
@@ -26,7 +25,8 @@ pub fn pack(latents: &Tensor) -> Result<Tensor> {
 pub fn unpack(tokens: &Tensor, rows: usize, columns: usize) -> Result<Tensor> {
     let (batch, _, width) = tokens.dims3()?;
     let channels = width / 4;
-    tokens.reshape((batch, rows, columns, channels, 2, 2))?.permute((0, 3, 1, 4, 2, 5))?.reshape((
+    let parts = tokens.reshape((batch, rows, columns, channels, 2, 2))?;
+    contiguous(&parts.permute((0, 3, 1, 4, 2, 5))?)?.reshape((
         batch,
         channels,
         rows * 2,

@@ -4,7 +4,7 @@
 //! between is blocks, leased one after another.
 
 use candle_core::{DType, Result as CandleResult, Tensor, TensorId};
-use mmgp_quant::{Bias, Linear, Weights};
+use mmgp_quant::{Bias, Linear, SharedInput, Weights};
 use mmgp_residency::{ModelBuilder, Paged, Pager};
 use parking_lot::Mutex;
 
@@ -230,7 +230,7 @@ impl Stem {
     }
 
     /// Picture tokens, text tokens, and SiLU of the vector that conditions all blocks.
-    fn embed(&self, inputs: &FluxInputs<'_>) -> CandleResult<(Tensor, Tensor, Tensor)> {
+    fn embed(&self, inputs: &FluxInputs<'_>) -> CandleResult<(Tensor, Tensor, SharedInput)> {
         let sinusoids = |t: &Tensor| {
             let t = (t.to_dtype(DType::F32)? * 1000.)?;
             timestep_embedding(&t, SINUSOIDS)?.to_dtype(self.compute)
@@ -244,12 +244,12 @@ impl Stem {
         Ok((
             self.x_embedder.forward(&inputs.hidden_states.to_dtype(self.compute)?)?,
             self.context_embedder.forward(&inputs.encoder_hidden_states.to_dtype(self.compute)?)?,
-            Activation::Silu.apply(&vector)?,
+            SharedInput::new(Activation::Silu.apply(&vector)?),
         ))
     }
 
-    fn project(&self, image: &Tensor, activated: &Tensor) -> CandleResult<Tensor> {
-        let modulation = self.norm_out.forward(activated)?;
+    fn project(&self, image: &Tensor, activated: &SharedInput) -> CandleResult<Tensor> {
+        let modulation = activated.through(&self.norm_out)?;
         // Here the scale comes first, unlike in the blocks.
         let scale = modulation.narrow(1, 0, self.hidden)?;
         let shift = modulation.narrow(1, self.hidden, self.hidden)?;

@@ -2,7 +2,7 @@
 //! a few blocks, whose gates come from the timestep and the mean of the text.
 
 use candle_core::{Result, Tensor};
-use mmgp_quant::{Bias, Linear, Weights};
+use mmgp_quant::{Bias, Linear, SharedInput, Weights};
 
 use crate::{
     hunyuanvideo::{EPS, HunyuanVideoConfig},
@@ -49,7 +49,12 @@ impl RefinerBlock {
     ///
     /// # Errors
     /// Shapes that do not fit; weights that are not leased.
-    pub fn forward(&self, text: &Tensor, activated: &Tensor, lengths: &[usize]) -> Result<Tensor> {
+    pub fn forward(
+        &self,
+        text: &Tensor,
+        activated: &SharedInput,
+        lengths: &[usize],
+    ) -> Result<Tensor> {
         let [gate, gate_mlp] = self.gates.forward(activated)?;
         let rows = self.qkv.forward(&self.norm1.forward(text)?)?;
         let width = self.heads.width();

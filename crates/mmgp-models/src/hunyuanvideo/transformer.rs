@@ -6,7 +6,7 @@
 //! nothing, so that as much of it as all items have is not computed at all.
 
 use candle_core::{DType, Device, Result as CandleResult, Tensor};
-use mmgp_quant::{Bias, Linear, Weights};
+use mmgp_quant::{Bias, Linear, SharedInput, Weights};
 use mmgp_residency::{ModelBuilder, Paged, Pager};
 use parking_lot::Mutex;
 
@@ -235,9 +235,9 @@ struct Embedded {
     video: Tensor,
     text: Tensor,
     /// SiLU of the vector that conditions all blocks but those that refine the text, ...
-    activated: Tensor,
+    activated: SharedInput,
     /// ... and of theirs.
-    refining: Tensor,
+    refining: SharedInput,
 }
 
 struct Stem {
@@ -304,18 +304,18 @@ impl Stem {
         Ok(Embedded {
             video: self.patches.forward(&self.patch.cut(&latents)?)?,
             text: self.text.forward(&text.to_dtype(self.compute)?.contiguous()?)?,
-            activated: Activation::Silu.apply(&vector)?,
-            refining: Activation::Silu.apply(&refining)?,
+            activated: SharedInput::new(Activation::Silu.apply(&vector)?),
+            refining: SharedInput::new(Activation::Silu.apply(&refining)?),
         })
     }
 
     fn project(
         &self,
         video: &Tensor,
-        activated: &Tensor,
+        activated: &SharedInput,
         grid: [usize; 3],
     ) -> CandleResult<Tensor> {
-        let modulation = self.norm_out.forward(activated)?;
+        let modulation = activated.through(&self.norm_out)?;
         // Here the scale comes first, unlike in the blocks.
         let scale = modulation.narrow(1, 0, self.hidden)?;
         let shift = modulation.narrow(1, self.hidden, self.hidden)?;

@@ -8,7 +8,7 @@
 
 use candle_core::{D, DType, Device, Result, Tensor};
 
-use crate::nn::{add, cpu, heads::merge};
+use crate::nn::{add, contiguous, cpu, heads::merge};
 
 /// The most scores (query rows × keys × heads × batch) that are held at once: 32 MiB in f32.
 const SCORES: usize = 8 << 20;
@@ -115,27 +115,21 @@ fn in_chunks(
     // The heads of a group are more rows of one product.
     let (products, sharing) = (batch * groups, heads / groups);
     // Contiguous, because candle multiplies some strided batches wrongly on the CPU.
-    let q = q.contiguous()?.reshape((planes, queries, d))?;
-    let k = k.contiguous()?.reshape((products, keys, d))?.transpose(1, 2)?;
-    let v = v.contiguous()?.reshape((products, keys, e))?;
+    let q = contiguous(q)?.reshape((planes, queries, d))?;
+    let k = contiguous(k)?.reshape((products, keys, d))?.transpose(1, 2)?;
+    let v = contiguous(v)?.reshape((products, keys, e))?;
     let out = Tensor::zeros((batch, queries, heads * e), q.dtype(), q.device())?;
     let rows = rows_within(limit, planes, queries, keys);
     let biases = biases.iter().map(|b| b.to_dtype(q.dtype())).collect::<Result<Vec<_>>>()?;
     for from in (0..queries).step_by(rows) {
         let rows = rows.min(queries - from);
-        let own = q.narrow(1, from, rows)?.contiguous()?.reshape((products, sharing * rows, d))?;
-        let scores = own.matmul(&k)?.reshape((planes, rows, keys))?;
-        let weights = if biases.is_empty() {
-            scaled_softmax(scores, scale)?
-        } else {
-            let mut scores = (scores * scale)?.reshape((batch, heads, rows, keys))?;
-            for bias in &biases {
-                let own = bias.dim(2)? != 1;
-                let bias = if own { bias.narrow(2, from, rows)? } else { bias.clone() };
-                scores = add(&scores, &bias)?;
-            }
-            scaled_softmax(scores.reshape((planes, rows, keys))?, 1.)?
-        };
+        let own = contiguous(&q.narrow(1, from, rows)?)?.reshape((products, sharing * rows, d))?;
+        let scores = own.matmul(&k)?.reshape((batch, heads, rows, keys))?;
+        let biases = biases.iter().map(|bias| match bias.dim(2)? {
+            1 => Ok(bias.clone()),
+            _ => bias.narrow(2, from, rows),
+        });
+        let weights = softmax(scores, scale, &biases.collect::<Result<Vec<_>>>()?)?;
         let mixed = weights.reshape((products, sharing * rows, keys))?.matmul(&v)?;
         let merged = merge(&mixed.reshape((batch, heads, rows, e))?)?;
         if rows == queries {
@@ -188,6 +182,25 @@ pub fn causal_mask(tokens: usize, device: &Device) -> Result<Tensor> {
         .map(|at| if at % tokens > at / tokens { f32::NEG_INFINITY } else { 0. })
         .collect();
     Tensor::from_vec(mask, (1, 1, tokens, tokens), device)
+}
+
+/// Softmax of `scores · scale` plus biases over the last dimension of `[batch, heads, queries, keys]`, in the memory of `scores`,
+/// which must be the caller's own, where that is no chain of the library's operations.
+pub(crate) fn softmax(mut scores: Tensor, scale: f64, biases: &[Tensor]) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if crate::nn::cuda::take(&[&scores]) && biases.len() <= 2 {
+        let biases: Vec<&Tensor> = biases.iter().collect();
+        scores.inplace_op1(&crate::nn::cuda::Softmaxed { scale, biases: &biases })?;
+        return Ok(scores);
+    }
+    if biases.is_empty() {
+        return scaled_softmax(scores, scale);
+    }
+    scores = (scores * scale)?;
+    for bias in biases {
+        scores = add(&scores, bias)?;
+    }
+    scaled_softmax(scores, 1.)
 }
 
 /// Softmax of `scores · scale` over the last dimension; on the CPU in the memory of `scores`.

@@ -6,7 +6,7 @@
 //! given back. Projections of one input are one product.
 
 use candle_core::{Result, Tensor};
-use mmgp_quant::{Bias, Input, Linear, Weights};
+use mmgp_quant::{Bias, Input, Linear, SharedInput, Weights};
 
 use crate::nn::{
     Activation, FeedForward, Heads, Modulation, Projected, RmsNorm, Rope, attention,
@@ -20,7 +20,7 @@ const EPS: f64 = 1e-6;
 #[derive(Clone, Copy, Debug)]
 pub struct Joint<'a> {
     /// SiLU of the conditioning vector, `[batch, width]`.
-    pub activated: &'a Tensor,
+    pub activated: &'a SharedInput,
     /// Where tokens are, in their order.
     pub rope: &'a Rope,
     /// Where the text is.

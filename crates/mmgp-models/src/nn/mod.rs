@@ -10,6 +10,7 @@ mod add;
 mod attention;
 mod conv;
 mod conv3d;
+mod copies;
 mod cpu;
 #[cfg(feature = "cuda")]
 #[allow(unsafe_code)] // the only place of this crate
@@ -34,9 +35,12 @@ mod spread;
 pub(crate) use activation::joined_gelu;
 pub use activation::{Activation, join_gelu};
 pub use add::{add, add_scaled};
+#[cfg(feature = "cuda")]
+pub(crate) use attention::softmax;
 pub use attention::{attention, attention_up_to, causal_mask, chunk_rows};
 pub use conv::{Conv2d, Padding, Window, strip_rows};
 pub use conv3d::Conv3d;
+pub use copies::{contiguous, look_up};
 pub use embed::{Mlp, timestep_embedding};
 pub use feed_forward::FeedForward;
 pub use group_norm::GroupNorm;

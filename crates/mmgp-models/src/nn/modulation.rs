@@ -2,7 +2,9 @@
 //! ([Scalable Diffusion Models with Transformers](https://arxiv.org/abs/2212.09748), adaLN).
 
 use candle_core::{Result, Tensor};
-use mmgp_quant::{Bias, Linear, Weights};
+use mmgp_quant::{Bias, Linear, SharedInput, Weights};
+
+use crate::nn::contiguous;
 
 /// `N` vectors of a block (shifts, scales, gates), one product of the activated timestep's vector.
 #[derive(Debug)]
@@ -25,11 +27,11 @@ impl<const N: usize> Modulation<N> {
     ///
     /// # Errors
     /// An input of another width; weights that are not leased.
-    pub fn forward(&self, activated: &Tensor) -> Result<[Tensor; N]> {
-        let all = self.linear.forward(activated)?;
+    pub fn forward(&self, activated: &SharedInput) -> Result<[Tensor; N]> {
+        let all = activated.through(&self.linear)?;
         let mut parts = Vec::with_capacity(N);
         for i in 0..N {
-            parts.push(all.narrow(1, i * self.width, self.width)?.contiguous()?);
+            parts.push(contiguous(&all.narrow(1, i * self.width, self.width)?)?);
         }
         parts.try_into().map_err(|_| candle_core::Error::msg("modulation"))
     }
@@ -49,7 +51,7 @@ mod tests {
             .with("linear.weight", Tensor::new(&[[1f32], [2.], [3.], [4.]], &dev)?)
             .with("linear.bias", Tensor::new(&[0f32, 0., 0.5, 0.5], &dev)?);
         let modulation = Modulation::<2>::new(&Weights::new(source), 1, 2)?;
-        let [a, b] = modulation.forward(&Tensor::new(&[[1f32], [-1.]], &dev)?)?;
+        let [a, b] = modulation.forward(&SharedInput::new(Tensor::new(&[[1f32], [-1.]], &dev)?))?;
         assert_eq!(a.to_vec2::<f32>()?, [[1., 2.], [-1., -2.]]);
         assert_eq!(b.to_vec2::<f32>()?, [[3.5, 4.5], [-2.5, -3.5]]);
         Ok(())

@@ -12,7 +12,7 @@ use serde::Deserialize;
 use crate::{
     Error, Result,
     config::{Check, HEADS, LAYERS, WIDTH},
-    nn::{Activation, Heads, LayerNorm, add, attention, causal_mask},
+    nn::{Activation, Heads, LayerNorm, add, attention, causal_mask, look_up},
     text::{embed, ids},
 };
 
@@ -209,7 +209,7 @@ impl ClipText {
         let (last, pooled) = pass.stem(|stem| {
             let last = stem.norm.forward(&x)?;
             let rows = last.reshape((batch * tokens, ()))?;
-            let pooled = rows.index_select(&ends, 0)?;
+            let pooled = look_up(&rows, &ends)?;
             let pooled = match &stem.projection {
                 Some(projection) => projection.forward(&pooled)?,
                 None => pooled,

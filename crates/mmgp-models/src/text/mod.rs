@@ -11,7 +11,7 @@ pub mod tokenizer;
 
 use candle_core::{DType, Tensor};
 
-use crate::{Error, Result};
+use crate::{Error, Result, nn::look_up};
 
 /// Token ids `[batch, tokens]` as u32, whatever integers they came as.
 pub(crate) fn ids(ids: &Tensor) -> Result<Tensor> {
@@ -25,6 +25,6 @@ pub(crate) fn ids(ids: &Tensor) -> Result<Tensor> {
 /// `[batch, tokens, width]`. The table stays as it is stored.
 pub(crate) fn embed(table: &Tensor, ids: &Tensor, compute: DType) -> candle_core::Result<Tensor> {
     let (batch, tokens) = ids.dims2()?;
-    let rows = table.index_select(&ids.flatten_all()?, 0)?;
+    let rows = look_up(table, &ids.flatten_all()?)?;
     rows.to_dtype(compute)?.reshape((batch, tokens, ()))
 }

@@ -13,7 +13,7 @@ use serde::Deserialize;
 use crate::{
     Error, Result,
     config::{Check, HEADS, LAYERS, WIDTH},
-    nn::{Activation, Heads, RmsNorm, add, attention},
+    nn::{Activation, Heads, RmsNorm, add, attention, contiguous, look_up},
     text::{embed, ids},
 };
 
@@ -236,8 +236,8 @@ struct Stem {
 impl Stem {
     /// `[1, heads, tokens, tokens]`
     fn bias(&self, buckets: &Tensor, tokens: usize) -> CandleResult<Tensor> {
-        let bias = self.positions.index_select(buckets, 0)?;
-        bias.reshape((tokens, tokens, ()))?.permute((2, 0, 1))?.unsqueeze(0)?.contiguous()
+        let bias = look_up(&self.positions, buckets)?;
+        contiguous(&bias.reshape((tokens, tokens, ()))?.permute((2, 0, 1))?.unsqueeze(0)?)
     }
 }
 

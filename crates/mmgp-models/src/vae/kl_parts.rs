@@ -8,7 +8,7 @@ use candle_core::{DType, Result, Tensor};
 use mmgp_quant::{Bias, Linear, Weights};
 
 use crate::{
-    nn::{Conv2d, GroupNorm, Heads, Window, add, attention},
+    nn::{Conv2d, GroupNorm, Heads, Window, add, attention, contiguous},
     vae::kl::KlConfig,
 };
 
@@ -300,12 +300,12 @@ impl Attention {
         let (batch, channels, height, width) = x.dims4()?;
         let tokens = self.norm.forward(x)?.reshape((batch, channels, height * width))?;
         // Contiguous before the product: candle multiplies transposed batches wrongly on the CPU.
-        let rows = self.qkv.forward(&tokens.transpose(1, 2)?.contiguous()?)?;
+        let rows = self.qkv.forward(&contiguous(&tokens.transpose(1, 2)?)?)?;
         let heads = Heads { count: 1, dim: self.channels };
         let part = |i: usize| heads.split(&rows, i * self.channels, None, None);
         let scale = 1. / (self.channels as f64).sqrt();
         let mixed = attention(&part(0)?, &part(1)?, &part(2)?, scale, &[])?;
-        let y = self.out.forward(&mixed)?.transpose(1, 2)?.contiguous()?;
+        let y = contiguous(&self.out.forward(&mixed)?.transpose(1, 2)?)?;
         add(&y.reshape((batch, channels, height, width))?, x)
     }
 }

@@ -3,7 +3,7 @@
 
 use candle_core::{DType, Device, Tensor};
 use mmgp_models::nn::{DoubleBlock, Heads, Joint, Rope, SingleBlock, TextPlace, cuda};
-use mmgp_quant::{MemorySource, Weights};
+use mmgp_quant::{MemorySource, SharedInput, Weights};
 
 use crate::gpu;
 
@@ -122,7 +122,7 @@ fn cuda_blocks_are_near_the_cpu() {
                 let moved = |t: &Tensor| t.to_dtype(dtype).unwrap().to_device(device).unwrap();
                 let rope = Rope::new(&ids, &[heads.dim], 10_000., device).unwrap();
                 let joint = Joint {
-                    activated: &moved(&activated),
+                    activated: &SharedInput::new(moved(&activated)),
                     rope: &rope,
                     text: lengths.as_deref().map_or(TextPlace::First, TextPlace::Last),
                 };

@@ -7,19 +7,17 @@
 //! or, where the source allows that and the GPU was seen to do it, makes the rows of the input e4m3 and multiplies in fp8,
 //! with no expansion.
 
-#[cfg(feature = "cuda")]
-use candle_core::CudaStorage;
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, DType, Layout, Shape, Tensor};
-use half::{bf16, f16};
+use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Layout, Shape, Tensor};
 use mmgp_io::Dtype;
 
 use super::{
     dense::{floating, product, product_on_device, product_on_device_into, slice, writes_into},
-    int8::{named, widened},
+    int8::named,
+    stored_in,
 };
 use crate::{
     Codes, Epilogue, Error, Form, Format, Input, Part, QuantTensor, Result, Source, Weights,
-    kernels::{cpu::Rows, fp8, int8::Real},
+    decode::decoded, kernels::cpu::Rows,
 };
 
 /// The format of e4m3 weights.
@@ -57,13 +55,13 @@ impl Format for Fp8 {
         let source = weights.source();
         let (codes, scales) = if source.quantizes(parts) == Some(Codes::Fp8) {
             let codes = source.tensor(parts, Form::Codes(Codes::Fp8))?;
-            (codes, Some(source.tensor(parts, Form::Scales)?))
+            (codes, Some((source.tensor(parts, Form::Scales)?, stored_in(source, parts))))
         } else if Self::with_scales(source, parts) {
             let inputs = parts.first().and_then(|p| p.shape.get(1)).copied();
             let scales = named(parts, Self::SCALES, None);
             floating(source, &scales)?;
             let codes = source.tensor(&named(parts, Self::CODES, inputs), Form::Bytes)?;
-            (codes, Some(source.tensor(&scales, Form::AsStored)?))
+            (codes, Some((source.tensor(&scales, Form::F32)?, stored_in(source, &scales))))
         } else {
             for part in parts {
                 let layer = part.name.strip_suffix("weight").unwrap_or(&part.name);
@@ -87,15 +85,20 @@ impl Format for Fp8 {
             (source.tensor(parts, Form::Bytes)?, None)
         };
         let activations = source.quantizes_activations() == Some(Codes::Fp8);
-        Ok(Box::new(Fp8Weight { codes, scales, activations }))
+        let (scales, dtype) = scales.unzip();
+        // bf16 holds every code.
+        let dtype = dtype.unwrap_or(DType::BF16);
+        Ok(Box::new(Fp8Weight { codes, scales, dtype, activations }))
     }
 }
 
 struct Fp8Weight {
     /// U8 `[outputs, inputs]`.
     codes: Tensor,
-    /// bf16, f16 or f32 `[outputs, 1]`; all 1 if there are none.
+    /// f32 `[outputs, 1]`; all 1 if there are none.
     scales: Option<Tensor>,
+    /// What the scales were rounded to, and decoded weights are.
+    dtype: DType,
     /// Whether products may make the input e4m3.
     #[cfg_attr(not(feature = "cuda"), allow(dead_code))] // the CPU does not
     activations: bool,
@@ -158,8 +161,7 @@ impl QuantTensor for Fp8Weight {
     }
 
     fn decode(&self) -> candle_core::Result<Tensor> {
-        // bf16 holds every code.
-        self.expanded(self.scales.as_ref().map_or(DType::BF16, Tensor::dtype))
+        self.expanded(self.dtype)
     }
 }
 
@@ -174,11 +176,7 @@ impl Fp8Weight {
 
     /// The whole weight in `dtype`.
     fn expanded(&self, dtype: DType) -> candle_core::Result<Tensor> {
-        let decode = Decode { dtype };
-        match &self.scales {
-            Some(scales) => self.codes.apply_op2_no_bwd(scales, &decode)?.to_dtype(dtype),
-            None => self.codes.apply_op1_no_bwd(&decode)?.to_dtype(dtype),
-        }
+        decoded(Codes::Fp8, &self.codes, self.scales.as_ref(), dtype)
     }
 }
 
@@ -191,14 +189,15 @@ impl Product {
         scales: Option<(&CpuStorage, &Layout)>,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
         let (outputs, inputs) = lc.shape().dims2()?;
+        let ones = vec![1.; outputs];
         let scales = match scales {
-            Some((scales, ls)) => widened(scales, ls)?,
-            None => vec![1.; outputs],
+            Some((scales, ls)) => slice::<f32>(scales, ls)?,
+            None => &ones,
         };
         if scales.len() != outputs {
             candle_core::bail!("fp8: {} scales for {outputs} outputs", scales.len());
         }
-        let rows = Rows::Fp8 { codes: slice::<u8>(codes, lc)?, scales: &scales };
+        let rows = Rows::Fp8 { codes: slice::<u8>(codes, lc)?, scales };
         product(x, rows, (outputs, inputs), None)
     }
 }
@@ -234,85 +233,6 @@ impl CustomOp3 for Product {
         ls: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
         Self::run((x, lx), (codes, lc), Some((scales, ls)))
-    }
-}
-
-/// `code · scale` of a whole weight, rounded once to `dtype`; on the CPU that is the scale's, and bf16 without.
-pub(crate) struct Decode {
-    // Only kernels of GPUs can round to another dtype than the scale's.
-    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
-    pub(crate) dtype: DType,
-}
-
-impl Decode {
-    fn run<T: Real + bytemuck::Zeroable>(
-        codes: &[u8],
-        (outputs, inputs): (usize, usize),
-        scales: &[T],
-    ) -> candle_core::Result<Vec<T>> {
-        if scales.len() != outputs {
-            candle_core::bail!("fp8: {} scales for {outputs} outputs", scales.len());
-        }
-        let mut weight = bytemuck::allocation::zeroed_vec(codes.len());
-        fp8::decode(codes, inputs, scales, &mut weight);
-        Ok(weight)
-    }
-}
-
-impl CustomOp1 for Decode {
-    fn name(&self) -> &'static str {
-        "fp8 decode"
-    }
-
-    fn cpu_fwd(&self, codes: &CpuStorage, lc: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        let dims = lc.shape().dims2()?;
-        let ones = vec![bf16::ONE; dims.0];
-        let weight = Self::run(slice::<u8>(codes, lc)?, dims, &ones)?;
-        Ok((CpuStorage::BF16(weight), Shape::from(dims)))
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        codes: &CudaStorage,
-        lc: &Layout,
-    ) -> candle_core::Result<(CudaStorage, Shape)> {
-        crate::kernels::cuda::expand(Codes::Fp8, (codes, lc), None, self.dtype)
-    }
-}
-
-impl CustomOp2 for Decode {
-    fn name(&self) -> &'static str {
-        "fp8 decode"
-    }
-
-    fn cpu_fwd(
-        &self,
-        codes: &CpuStorage,
-        lc: &Layout,
-        scales: &CpuStorage,
-        ls: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let dims = lc.shape().dims2()?;
-        let all = slice::<u8>(codes, lc)?;
-        let storage = match scales {
-            CpuStorage::BF16(_) => CpuStorage::BF16(Self::run(all, dims, slice(scales, ls)?)?),
-            CpuStorage::F16(_) => CpuStorage::F16(Self::run(all, dims, slice::<f16>(scales, ls)?)?),
-            CpuStorage::F32(_) => CpuStorage::F32(Self::run(all, dims, slice(scales, ls)?)?),
-            _ => candle_core::bail!("fp8: the scales are not leased, or of another dtype"),
-        };
-        Ok((storage, Shape::from(dims)))
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        codes: &CudaStorage,
-        lc: &Layout,
-        scales: &CudaStorage,
-        ls: &Layout,
-    ) -> candle_core::Result<(CudaStorage, Shape)> {
-        crate::kernels::cuda::expand(Codes::Fp8, (codes, lc), Some((scales, ls)), self.dtype)
     }
 }
 

@@ -12,20 +12,18 @@
 //! [`Codes::RotatedInt8`]) are multiplied with an input whose rows are rotated too, in f32. Where none can be, and in
 //! [`decode`](QuantTensor::decode), they are expanded to the weight that they stand for: rotated back, then rounded once.
 
-#[cfg(feature = "cuda")]
-use candle_core::CudaStorage;
-use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Layout, Shape, Tensor};
-use half::{bf16, f16};
+use candle_core::{CpuStorage, CustomOp3, DType, Layout, Shape, Tensor};
 use mmgp_io::Dtype;
 
-use super::dense::{
-    floating, product, product_on_device, product_on_device_into, slice, writes_into,
+use super::{
+    dense::{floating, product, product_on_device, product_on_device_into, slice, writes_into},
+    stored_in,
 };
 use crate::{
     Codes, Epilogue, Error, Form, Format, Input, Part, QuantTensor, Result, Source, Weights,
+    decode::decoded,
     kernels::{
         cpu::{Rounding, Rows},
-        int8, rotated_int8,
         rotation::{self, rotate_rows},
     },
 };
@@ -85,13 +83,13 @@ impl Format for Int8 {
         }
         if wanted.is_some() {
             let codes = source.tensor(parts, Form::Codes(of))?;
-            let scales = source.tensor(parts, Form::Scales)?;
+            let scales = (source.tensor(parts, Form::Scales)?, stored_in(source, parts));
             return Ok(Box::new(Int8Weight::new(of, codes, scales, source)));
         }
         let scales = named(parts, Self::SCALES, None);
         floating(source, &scales)?;
         let codes = source.tensor(&named(parts, of.leaf(), inputs), Form::AsStored)?;
-        let scales = source.tensor(&scales, Form::AsStored)?;
+        let scales = (source.tensor(&scales, Form::F32)?, stored_in(source, &scales));
         Ok(Box::new(Int8Weight::new(of, codes, scales, source)))
     }
 }
@@ -101,9 +99,11 @@ struct Int8Weight {
     of: Codes,
     /// U8 `[outputs, inputs]`, two's complement.
     codes: Tensor,
-    /// bf16, f16 or f32 `[outputs, 1]`.
+    /// f32 `[outputs, 1]`.
     scales: Tensor,
-    /// Whether products round `code · scale` to the scale's dtype.
+    /// What the scales were rounded to, and decoded weights are.
+    dtype: DType,
+    /// Whether products round `code · scale` to that too.
     rounded: bool,
     /// Whether products may make the input int8.
     #[cfg_attr(not(feature = "cuda"), allow(dead_code))] // the CPU does not
@@ -128,7 +128,12 @@ impl QuantTensor for Int8Weight {
         if !x.device().is_cpu() {
             return product_on_device(x, &self.expanded(x.dtype())?, bias);
         }
-        let by = Product { rounded: self.rounded, rotated: self.of == Codes::RotatedInt8 };
+        let rounding = match (self.rounded, self.dtype) {
+            (true, DType::BF16) => Rounding::Bf16,
+            (true, DType::F16) => Rounding::F16,
+            _ => Rounding::F32,
+        };
+        let by = Product { rounding, rotated: self.of == Codes::RotatedInt8 };
         let y = x.apply_op3_no_bwd(&self.codes, &self.scales, &by)?;
         match bias {
             Some(bias) => y.broadcast_add(bias),
@@ -165,16 +170,22 @@ impl QuantTensor for Int8Weight {
     }
 
     fn decode(&self) -> candle_core::Result<Tensor> {
-        self.expanded(self.scales.dtype())
+        self.expanded(self.dtype)
     }
 }
 
 impl Int8Weight {
-    fn new(of: Codes, codes: Tensor, scales: Tensor, source: &dyn Source) -> Self {
+    /// Of codes, and scales with the dtype that they were rounded to.
+    fn new(
+        of: Codes,
+        codes: Tensor,
+        (scales, dtype): (Tensor, DType),
+        source: &dyn Source,
+    ) -> Self {
         // quanto has no rotated codes.
         let rounded = source.rounds_int8() && of == Codes::Int8;
         let activations = source.quantizes_activations() == Some(Codes::Int8);
-        Self { of, codes, scales, rounded, activations }
+        Self { of, codes, scales, dtype, rounded, activations }
     }
 
     /// Whether products multiply int8 by int8, which those of codes do.
@@ -185,25 +196,13 @@ impl Int8Weight {
 
     /// The whole weight in `dtype`, through the scale's dtype where that rounding is wanted.
     fn expanded(&self, dtype: DType) -> candle_core::Result<Tensor> {
-        let stored = self.scales.dtype();
-        let through = if self.rounded && stored != DType::F32 { stored } else { dtype };
-        let decode = Decode { of: self.of, dtype: through };
-        self.codes.apply_op2_no_bwd(&self.scales, &decode)?.to_dtype(dtype)
+        let through = if self.rounded && self.dtype != DType::F32 { self.dtype } else { dtype };
+        decoded(self.of, &self.codes, Some(&self.scales), through)?.to_dtype(dtype)
     }
 }
 
-/// The scales as f32.
-pub(super) fn widened(storage: &CpuStorage, layout: &Layout) -> candle_core::Result<Vec<f32>> {
-    Ok(match storage {
-        CpuStorage::BF16(_) => slice::<bf16>(storage, layout)?.iter().map(|s| s.to_f32()).collect(),
-        CpuStorage::F16(_) => slice::<f16>(storage, layout)?.iter().map(|s| s.to_f32()).collect(),
-        CpuStorage::F32(_) => slice::<f32>(storage, layout)?.to_vec(),
-        _ => candle_core::bail!("linear: the scales are not leased, or of another dtype"),
-    })
-}
-
 struct Product {
-    rounded: bool,
+    rounding: Rounding,
     /// Whether rows of the input are rotated first, as those of the weight were.
     rotated: bool,
 }
@@ -223,16 +222,12 @@ impl CustomOp3 for Product {
         ls: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
         let (outputs, inputs) = lc.shape().dims2()?;
-        let rounding = match (self.rounded, scales) {
-            (true, CpuStorage::BF16(_)) => Rounding::Bf16,
-            (true, CpuStorage::F16(_)) => Rounding::F16,
-            _ => Rounding::F32,
-        };
-        let scales = widened(scales, ls)?;
+        let scales = slice::<f32>(scales, ls)?;
         if scales.len() != outputs {
             candle_core::bail!("int8: {} scales for {outputs} outputs", scales.len());
         }
-        let rows = Rows::Int8 { codes: slice::<u8>(codes, lc)?, scales: &scales, rounding };
+        let rounding = self.rounding;
+        let rows = Rows::Int8 { codes: slice::<u8>(codes, lc)?, scales, rounding };
         if !self.rotated {
             return product((x, lx), rows, (outputs, inputs), None);
         }
@@ -240,65 +235,6 @@ impl CustomOp3 for Product {
         rotate_rows(&mut x, inputs);
         let lx = Layout::contiguous(lx.shape());
         product((&CpuStorage::F32(x), &lx), rows, (outputs, inputs), None)
-    }
-}
-
-/// `code · scale` of a whole weight, rounded once to `dtype`; on the CPU that is the scale's.
-pub(crate) struct Decode {
-    /// Of rows as they are, or rotated: those are rotated back.
-    pub(crate) of: Codes,
-    // Only kernels of GPUs can round to another dtype than the scale's.
-    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
-    pub(crate) dtype: DType,
-}
-
-impl CustomOp2 for Decode {
-    fn name(&self) -> &'static str {
-        "int8 decode"
-    }
-
-    fn cpu_fwd(
-        &self,
-        codes: &CpuStorage,
-        lc: &Layout,
-        scales: &CpuStorage,
-        ls: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        fn run<T: int8::Real + bytemuck::Zeroable>(
-            of: Codes,
-            codes: &[u8],
-            inputs: usize,
-            scales: &[T],
-        ) -> Vec<T> {
-            let mut weight = bytemuck::allocation::zeroed_vec(codes.len());
-            match of {
-                Codes::RotatedInt8 => rotated_int8::decode(codes, inputs, scales, &mut weight),
-                _ => int8::decode(codes, inputs, scales, &mut weight),
-            }
-            weight
-        }
-        let (outputs, inputs) = lc.shape().dims2()?;
-        let (of, all) = (self.of, slice::<u8>(codes, lc)?);
-        let storage = match scales {
-            CpuStorage::BF16(_) => {
-                CpuStorage::BF16(run(of, all, inputs, slice::<bf16>(scales, ls)?))
-            }
-            CpuStorage::F16(_) => CpuStorage::F16(run(of, all, inputs, slice::<f16>(scales, ls)?)),
-            CpuStorage::F32(_) => CpuStorage::F32(run(of, all, inputs, slice::<f32>(scales, ls)?)),
-            _ => candle_core::bail!("int8: the scales are not leased, or of another dtype"),
-        };
-        Ok((storage, Shape::from((outputs, inputs))))
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        codes: &CudaStorage,
-        lc: &Layout,
-        scales: &CudaStorage,
-        ls: &Layout,
-    ) -> candle_core::Result<(CudaStorage, Shape)> {
-        crate::kernels::cuda::expand(self.of, (codes, lc), Some((scales, ls)), self.dtype)
     }
 }
 

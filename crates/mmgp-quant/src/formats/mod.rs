@@ -4,22 +4,19 @@ pub(crate) mod dense;
 pub(crate) mod fp8;
 pub(crate) mod int8;
 
-use candle_core::{DType, Tensor};
+use candle_core::DType;
+use mmgp_io::Dtype;
 
-use crate::Codes;
+use crate::{Part, Source};
 
-/// `code · scale` of codes U8 `[rows, width]` with a scale for each row, `[rows, 1]`, in `dtype`.
-pub(crate) fn decoded(
-    of: Codes,
-    codes: &Tensor,
-    scales: &Tensor,
-    dtype: DType,
-) -> candle_core::Result<Tensor> {
-    match of {
-        Codes::Int8 | Codes::RotatedInt8 => {
-            codes.apply_op2_no_bwd(scales, &int8::Decode { of, dtype })
-        }
-        Codes::Fp8 => codes.apply_op2_no_bwd(scales, &fp8::Decode { dtype }),
-    }?
-    .to_dtype(dtype)
+/// The dtype that `parts` are stored in, where they share one of bf16 and f16, else f32: what scales in it decode to.
+fn stored_in(source: &dyn Source, parts: &[Part]) -> DType {
+    let dtype = |part: &Part| match source.stored(&part.name).map(|stored| stored.dtype) {
+        Some(Dtype::BF16) => DType::BF16,
+        Some(Dtype::F16) => DType::F16,
+        _ => DType::F32,
+    };
+    let mut dtypes = parts.iter().map(dtype);
+    let first = dtypes.next().unwrap_or(DType::F32);
+    if dtypes.all(|dtype| dtype == first) { first } else { DType::F32 }
 }

@@ -76,9 +76,13 @@ pub(crate) fn quantize_rows<T: Real>(
     quantize_with::<E4m3, T>(Isa::detected(), weight, inputs, codes, scales)
 }
 
-/// The weights that `codes` `[rows, inputs]` stand for: `code · scale`, the product rounded once to the dtype of
-/// `scales`; there is one for each row.
-pub(crate) fn decode<T: Real>(codes: &[u8], inputs: usize, scales: &[T], weight: &mut [T]) {
+/// [`decode`](super::int8::decode) of e4m3 codes.
+pub(crate) fn decode<S: Real, T: Real>(
+    codes: &[u8],
+    inputs: usize,
+    scales: &[S],
+    weight: &mut [T],
+) {
     decode_with(codes, inputs, scales, weight, expand_row);
 }
 

@@ -144,17 +144,17 @@ pub(super) fn quantize_with<E: Encoding, T: Real>(
     Ok(())
 }
 
-/// The weights that `codes` `[rows, inputs]` stand for: `code · scale`, the product rounded once to
-/// the dtype of `scales`.
-pub fn decode<T: Real>(codes: &[u8], inputs: usize, scales: &[T], weight: &mut [T]) {
+/// The weights that `codes` `[rows, inputs]` stand for: `code · scale` in f32, rounded once to the dtype of
+/// `weight`.
+pub fn decode<S: Real, T: Real>(codes: &[u8], inputs: usize, scales: &[S], weight: &mut [T]) {
     decode_with(codes, inputs, scales, weight, expand_row);
 }
 
 /// [`decode`] of codes that `expand` makes a row of numbers of, by its scale.
-pub(super) fn decode_with<T: Real>(
+pub(super) fn decode_with<S: Real, T: Real>(
     codes: &[u8],
     inputs: usize,
-    scales: &[T],
+    scales: &[S],
     weight: &mut [T],
     expand: impl Fn(Isa, &[u8], f32, &mut [f32]) + Sync,
 ) {
@@ -379,7 +379,7 @@ mod tests {
     }
 
     #[test]
-    fn decoding_rounds_once_to_the_dtype_of_the_scale() {
+    fn decoding_rounds_once_to_the_dtype_of_the_weight() {
         let (scales, mut weight) = ([bf16::from_f32(0.0123)], [bf16::ZERO; 3]);
         decode(&[127, 0x80, 3], 3, &scales, &mut weight);
         let expected = [127f32, -128., 3.].map(|c| bf16::from_f32(c * scales[0].to_f32()));

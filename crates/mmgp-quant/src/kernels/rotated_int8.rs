@@ -54,7 +54,12 @@ pub(crate) fn quantize_rows<T: Real>(
 }
 
 /// [`decode`](super::int8::decode) of the codes of rotated rows.
-pub(crate) fn decode<T: Real>(codes: &[u8], inputs: usize, scales: &[T], weight: &mut [T]) {
+pub(crate) fn decode<S: Real, T: Real>(
+    codes: &[u8],
+    inputs: usize,
+    scales: &[S],
+    weight: &mut [T],
+) {
     decode_with(codes, inputs, scales, weight, |isa, codes, scale, wide| {
         expand_row(isa, codes, scale, wide);
         rotate(wide);

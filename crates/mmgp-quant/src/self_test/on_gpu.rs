@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{
     CodedRows, Codes, Epilogue, Error, Input, Result,
-    formats::{fp8, int8},
+    decode::decoded,
     kernels::cuda::{self, Int8Kernel},
 };
 
@@ -17,28 +17,20 @@ pub(super) fn expand(
     of: Codes,
     shape: (usize, usize),
     skipped: usize,
-    scale: Option<DType>,
+    scaled: bool,
     to: DType,
 ) -> Result<()> {
-    let kernel = cuda::expand_name(of, scale.unwrap_or(DType::F32), to)?;
+    let kernel = cuda::expand_name(of, to)?;
     let (outputs, inputs) = shape;
     let len = outputs * inputs;
     let all = codes(skipped + len);
-    let scales = scale.map_or(vec![1.; outputs], |scale| values(outputs, 7, scale));
+    let scales = if scaled { values(outputs, 7, DType::F32) } else { vec![1.; outputs] };
     let run = || {
         let codes = Tensor::new(all.as_slice(), &Device::Cpu)?;
         let codes = codes.to_device(&Device::Cuda(device.clone()))?;
         let codes = codes.narrow(0, skipped, len)?.reshape(shape)?;
-        let Some(scale) = scale else {
-            return back(&codes.apply_op1_no_bwd(&fp8::Decode { dtype: to })?);
-        };
-        let scales = on(device, &scales, scale)?.reshape((outputs, 1))?;
-        back(&match of {
-            Codes::Int8 | Codes::RotatedInt8 => {
-                codes.apply_op2_no_bwd(&scales, &int8::Decode { of, dtype: to })?
-            }
-            Codes::Fp8 => codes.apply_op2_no_bwd(&scales, &fp8::Decode { dtype: to })?,
-        })
+        let scales = on(device, &scales, DType::F32)?.reshape((outputs, 1))?;
+        back(&decoded(of, &codes, scaled.then_some(&scales), to)?)
     };
     let found = run().map_err(|error| not_run(&kernel, shape, error))?;
     compare(&kernel, shape, &expanded(of, &all[skipped..], inputs, &scales, to), &found)
@@ -147,13 +139,9 @@ pub(super) fn w8a8(
     of: Codes,
     (rows, outputs, inputs): (usize, usize, usize),
     dtype: DType,
-    scale: DType,
 ) -> Result<()> {
-    let kernel = format!(
-        "{}_{}",
-        cuda::quantize_name(of, dtype, scale)?,
-        cuda::w8a8_name(dtype, Epilogue::None)?
-    );
+    let product = cuda::w8a8_name(dtype, Epilogue::None)?;
+    let kernel = format!("{}_{product}", cuda::quantize_name(of, dtype)?);
     let mut x = values(rows * inputs, 41, dtype);
     if rows > 2 {
         // A row of zeros, and one with no number in it.
@@ -162,7 +150,7 @@ pub(super) fn w8a8(
     }
     let codes = codes(outputs * inputs);
     // So small that f16 holds the outputs, and can be.
-    let scales: Vec<f32> = values(outputs, 43, scale).iter().map(|s| s / 256.).collect();
+    let scales: Vec<f32> = values(outputs, 43, DType::F32).iter().map(|s| s / 256.).collect();
     let bias = values(outputs, 47, dtype);
     // They begin at a multiple of 16 bytes, or not.
     let place = |values: &[f32], skipped: usize, shape: &[usize], dtype| {
@@ -179,7 +167,7 @@ pub(super) fn w8a8(
             let codes = codes.to_device(&Device::Cuda(device.clone()))?;
             let codes = codes.narrow(0, skipped, outputs * inputs)?;
             let codes = codes.reshape((outputs, inputs))?;
-            let scales = place(&scales, skipped, &[outputs, 1], scale)?;
+            let scales = place(&scales, skipped, &[outputs, 1], DType::F32)?;
             let bias = bias.map(|bias| place(bias, skipped, &[outputs], dtype)).transpose()?;
             let y = cuda::w8a8_of(&x.into(), (of, &codes), &scales, bias.as_ref(), by)?;
             y.as_ref().map(back).transpose()
@@ -194,7 +182,7 @@ pub(super) fn w8a8(
             let there = Tensor::new(codes.as_slice(), &Device::Cpu)?;
             let there = there.to_device(&Device::Cuda(device.clone()))?;
             let there = there.reshape((outputs, inputs))?;
-            let scales = place(&scales, 0, &[outputs, 1], scale)?;
+            let scales = place(&scales, 0, &[outputs, 1], DType::F32)?;
             let bias = bias.map(|bias| place(bias, 0, &[outputs], dtype)).transpose()?;
             let by = Int8Kernel::Fastest;
             cuda::w8a8_of(&read, (of, &there), &scales, bias.as_ref(), by)?
@@ -331,25 +319,22 @@ pub(super) fn activated_fp8(device: &CudaDevice, of: &Activated, dtype: DType) -
 /// The quantization to e4m3 gives the bits of its twin.
 pub(super) fn quantize_fp8(
     device: &CudaDevice,
-    (rows, outputs, inputs): (usize, usize, usize),
+    (rows, inputs): (usize, usize),
     dtype: DType,
-    scale: Option<DType>,
 ) -> Result<()> {
-    let kernel = cuda::quantize_name(Codes::Fp8, dtype, scale.unwrap_or(DType::F32))?;
+    let kernel = cuda::quantize_name(Codes::Fp8, dtype)?;
     let x = of_any_size(rows, inputs, dtype);
-    let scales = scale.map_or(vec![1.; outputs], |scale| values(outputs, 43, scale));
     let run = || {
-        let x = on(device, &x, dtype)?.reshape((rows, inputs))?;
-        let scales = scale.map(|scale| on(device, &scales, scale)).transpose()?;
-        cuda::quantized_to_fp8(&x, scales.as_ref(), outputs)
+        let made = cuda::coded(Codes::Fp8, &on(device, &x, dtype)?.reshape((rows, inputs))?)?;
+        let codes = made.codes.to_device(&Device::Cpu)?.flatten_all()?.to_vec1()?;
+        Ok((codes, back(&made.scales)?))
     };
-    let (codes, of_rows, wide) = run().map_err(|e| not_run(&kernel, (rows, inputs), e))?;
+    let (codes, of_rows): (Vec<u8>, _) = run().map_err(|e| not_run(&kernel, (rows, inputs), e))?;
     let (expected, expected_scales) = quantized_to_fp8(&x, inputs);
     // Bytes as numbers, which a difference shows best.
     let numbers = |codes: &[u8]| codes.iter().map(|&code| f32::from(code)).collect::<Vec<_>>();
     compare(&kernel, (rows, inputs), &numbers(&expected), &numbers(&codes))?;
-    compare(&kernel, (rows, 1), &expected_scales, &of_rows)?;
-    compare(&kernel, (outputs, 1), &scales, &wide)
+    compare(&kernel, (rows, 1), &expected_scales, &of_rows)
 }
 
 /// Values among which are small ones, a row of zeros and one with no number in it.
@@ -370,18 +355,18 @@ pub(super) fn fp8(
     device: &CudaDevice,
     (rows, outputs, inputs): (usize, usize, usize),
     dtype: DType,
-    scale: Option<DType>,
+    scaled: bool,
 ) -> Result<()> {
     let kernel = cuda::fp8_name(dtype)?;
     let x = of_any_size(rows, inputs, dtype);
     // Codes of numbers, so small that f16 holds the outputs, and can be.
     let codes: Vec<u8> =
         codes(outputs * inputs).into_iter().map(|c| if c & 0x7f == 0x7f { 0 } else { c }).collect();
-    let small = |scale| values(outputs, 43, scale).iter().map(|s| s / 4096.).collect();
-    let (codes, scales): (Vec<u8>, Vec<f32>) = match scale {
-        Some(scale) => (codes, small(scale)),
+    let small = || values(outputs, 43, DType::F32).iter().map(|s| s / 4096.).collect();
+    let (codes, scales): (Vec<u8>, Vec<f32>) = match scaled {
+        true => (codes, small()),
         // Without scales codes alone are so small: the exponent's upper bit is cleared.
-        None => (codes.into_iter().map(|c| c & 0xbf).collect(), vec![1.; outputs]),
+        false => (codes.into_iter().map(|c| c & 0xbf).collect(), vec![1.; outputs]),
     };
     let bias = values(outputs, 47, dtype);
     let weight = expanded(Codes::Fp8, &codes, inputs, &scales, DType::F32);
@@ -399,10 +384,9 @@ pub(super) fn fp8(
             let codes = codes.to_device(&Device::Cuda(device.clone()))?;
             let codes = codes.narrow(0, skipped, outputs * inputs)?;
             let codes = codes.reshape((outputs, inputs))?;
-            let scales =
-                scale.map(|scale| place(&scales, skipped, &[outputs, 1], scale)).transpose()?;
+            let scales = place(&scales, skipped, &[outputs, 1], DType::F32)?;
             let bias = bias.map(|bias| place(bias, skipped, &[outputs], dtype)).transpose()?;
-            let y = cuda::fp8_product(&x, &codes, scales.as_ref(), bias.as_ref())?;
+            let y = cuda::fp8_product(&x, &codes, scaled.then_some(&scales), bias.as_ref())?;
             back(&y.ok_or_else(|| candle_core::Error::msg("nothing takes this shape"))?)
         };
         let run = |skipped| run(skipped).map_err(|error| not_run(&kernel, shape, error));
@@ -416,9 +400,10 @@ pub(super) fn fp8(
             let there = Tensor::new(codes.as_slice(), &Device::Cpu)?;
             let there = there.to_device(&Device::Cuda(device.clone()))?;
             let there = there.reshape((outputs, inputs))?;
-            let scales = scale.map(|scale| place(&scales, 0, &[outputs, 1], scale)).transpose()?;
+            let scales = place(&scales, 0, &[outputs, 1], DType::F32)?;
             let bias = bias.map(|bias| place(bias, 0, &[outputs], dtype)).transpose()?;
-            let y = cuda::fp8_product_of(&read, &there, scales.as_ref(), bias.as_ref())?;
+            let scales = scaled.then_some(&scales);
+            let y = cuda::fp8_product_of(&read, &there, scales, bias.as_ref())?;
             back(&y.ok_or_else(|| candle_core::Error::msg("nothing takes these codes"))?)
         };
         let again = of_codes().map_err(|error| not_run(&kernel, shape, error))?;

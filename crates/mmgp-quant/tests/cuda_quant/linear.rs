@@ -264,46 +264,41 @@ fn cuda_w8a8_is_as_close_to_f64_as_rounding_the_input_allows() -> Result<(), Any
     for (rows, outputs, inputs) in IN_INT8 {
         for dtype in [DType::BF16, DType::F16] {
             let (x, bias) = (rand(&[rows, inputs], dtype), rand(&[outputs], dtype));
-            for scale_dtype in DTYPES {
-                let codes = codes(outputs, inputs);
-                // So small that f16 holds the outputs.
-                let scales = (scales(outputs, DType::F32) / 16.)?.to_dtype(scale_dtype)?;
-                let weight = decoded(&codes, &scales)?;
-                let expected = reference(&x, &weight, &bias);
-                // Half a code of each input, half a step of the output's numbers, and three roundings in f32.
-                let wide = x.to_dtype(DType::F64)?.abs()?;
-                let half = (wide.max_keepdim(1)? / 254.)?;
-                let by_codes = half.matmul(&weight.abs()?.sum_keepdim(1)?.t()?.contiguous()?)?;
-                let step = if dtype == DType::BF16 { 2f64.powi(-8) } else { 2f64.powi(-11) };
-                let by_rounding = (magnitude(&x, &weight, &bias) * 1e-6)?;
-                let by_rounding =
-                    (by_rounding + ((expected.abs()? + &by_codes)? * (step * 1.01))?)?;
-                let allowed = ((by_codes + by_rounding)? + 1e-7)?;
+            let codes = codes(outputs, inputs);
+            // So small that f16 holds the outputs.
+            let scales = (scales(outputs, DType::F32) / 16.)?;
+            let weight = decoded(&codes, &scales)?;
+            let expected = reference(&x, &weight, &bias);
+            // Half a code of each input, half a step of the output's numbers, and three roundings in f32.
+            let wide = x.to_dtype(DType::F64)?.abs()?;
+            let half = (wide.max_keepdim(1)? / 254.)?;
+            let by_codes = half.matmul(&weight.abs()?.sum_keepdim(1)?.t()?.contiguous()?)?;
+            let step = if dtype == DType::BF16 { 2f64.powi(-8) } else { 2f64.powi(-11) };
+            let by_rounding = (magnitude(&x, &weight, &bias) * 1e-6)?;
+            let by_rounding = (by_rounding + ((expected.abs()? + &by_codes)? * (step * 1.01))?)?;
+            let allowed = ((by_codes + by_rounding)? + 1e-7)?;
 
-                let (on_x, on_bias) = (x.to_device(&dev)?, bias.to_device(&dev)?);
-                let (on_codes, on_scales) = (codes.to_device(&dev)?, scales.to_device(&dev)?);
-                let mut seen: Option<Vec<u32>> = None;
-                for by in [Int8Kernel::Fastest, Int8Kernel::Mma] {
-                    let what = format!(
-                        "{rows}, [{outputs}, {inputs}] {dtype:?} by {scale_dtype:?}, {by:?}"
-                    );
-                    let y = w8a8_by(&on_x, &on_codes, &on_scales, Some(&on_bias), by)?
-                        .ok_or("refused")?;
-                    assert_eq!((y.dtype(), y.dims()), (dtype, &[rows, outputs][..]), "{what}");
-                    let wide = y.to_device(&Device::Cpu)?.to_dtype(DType::F64)?;
-                    let far = ((&wide - &expected)?.abs()? / &allowed)?;
-                    let far = far.max_all()?.to_scalar::<f64>()?;
-                    assert!(far <= 1., "{what}: off by {far} times what is allowed");
-                    // All values together are much nearer than the worst may be.
-                    let square = |t: &Tensor| t.sqr()?.sum_all()?.to_scalar::<f64>();
-                    let error = (square(&(&wide - &expected)?)? / square(&expected)?).sqrt();
-                    assert!(error < 0.02, "{what}: off by {error} in the mean");
-                    // Both kernels give the same bits, and again.
-                    let again = w8a8_by(&on_x, &on_codes, &on_scales, Some(&on_bias), by)?;
-                    assert_eq!(bits(&again.ok_or("refused")?), bits(&y), "{what}: twice");
-                    let first = seen.get_or_insert_with(|| bits(&y));
-                    assert!(*first == bits(&y), "{what}: other bits than the other kernel");
-                }
+            let (on_x, on_bias) = (x.to_device(&dev)?, bias.to_device(&dev)?);
+            let (on_codes, on_scales) = (codes.to_device(&dev)?, scales.to_device(&dev)?);
+            let mut seen: Option<Vec<u32>> = None;
+            for by in [Int8Kernel::Fastest, Int8Kernel::Mma] {
+                let what = format!("{rows}, [{outputs}, {inputs}] {dtype:?}, {by:?}");
+                let y =
+                    w8a8_by(&on_x, &on_codes, &on_scales, Some(&on_bias), by)?.ok_or("refused")?;
+                assert_eq!((y.dtype(), y.dims()), (dtype, &[rows, outputs][..]), "{what}");
+                let wide = y.to_device(&Device::Cpu)?.to_dtype(DType::F64)?;
+                let far = ((&wide - &expected)?.abs()? / &allowed)?;
+                let far = far.max_all()?.to_scalar::<f64>()?;
+                assert!(far <= 1., "{what}: off by {far} times what is allowed");
+                // All values together are much nearer than the worst may be.
+                let square = |t: &Tensor| t.sqr()?.sum_all()?.to_scalar::<f64>();
+                let error = (square(&(&wide - &expected)?)? / square(&expected)?).sqrt();
+                assert!(error < 0.02, "{what}: off by {error} in the mean");
+                // Both kernels give the same bits, and again.
+                let again = w8a8_by(&on_x, &on_codes, &on_scales, Some(&on_bias), by)?;
+                assert_eq!(bits(&again.ok_or("refused")?), bits(&y), "{what}: twice");
+                let first = seen.get_or_insert_with(|| bits(&y));
+                assert!(*first == bits(&y), "{what}: other bits than the other kernel");
             }
         }
     }
@@ -331,6 +326,7 @@ fn cuda_layers_make_their_input_int8_only_where_that_is_allowed() -> Result<(), 
             let (int8, not) = (run(true, 0)?, run(false, 0)?);
             let taken = dtype != DType::F32 && inputs % 16 == 0;
             if taken {
+                let scales = scales.to_dtype(DType::F32)?;
                 let [x, codes, scales, bias] =
                     [&x, &codes, &scales, &bias].map(|tensor| tensor.to_device(&dev));
                 let y = w8a8(&x?, &codes?, &scales?, Some(&bias?))?.ok_or("refused")?;
@@ -460,7 +456,7 @@ fn cuda_weights_without_a_lease_are_errors() -> Result<(), Any> {
             tensors.push(("weight", on_gpu(rand(&[5, 7], dtype))?));
         } else {
             tensors.push(("weight._data", on_gpu(codes(5, 7))?));
-            tensors.push(("weight._scale", on_gpu(scales(5, dtype))?));
+            tensors.push(("weight._scale", on_gpu(scales(5, DType::F32))?));
         }
         let borrowed: Vec<(&str, &Tensor)> = tensors.iter().map(|(n, t)| (*n, t)).collect();
         // A tensor that is on the device already, in the right dtype, is shared and not copied.
@@ -474,7 +470,7 @@ fn cuda_weights_without_a_lease_are_errors() -> Result<(), Any> {
         let tensors = [
             ("bias", on_gpu(rand(&[8], dtype))?),
             ("weight._data", on_gpu(codes(8, 16))?),
-            ("weight._scale", on_gpu(scales(8, dtype))?),
+            ("weight._scale", on_gpu(scales(8, DType::F32))?),
         ];
         let borrowed = tensors.each_ref().map(|(name, tensor)| (*name, tensor));
         let layer = layer_with(&borrowed, (8, 16), Bias::Yes, (dtype, true), &dev)?;

@@ -192,8 +192,8 @@ pub(super) fn quantize_tensor(
         return Err(no_way(tensor, "it is not to be quantized"));
     };
     let inputs = tensor.shape.get(1).copied().unwrap_or(0);
-    let CpuStorage::U8(codes) = codes else {
-        return Err(no_way(tensor, "codes do not travel as bytes"));
+    let (CpuStorage::U8(codes), CpuStorage::F32(scales)) = (codes, scales) else {
+        return Err(no_way(tensor, "codes do not travel as bytes, with scales in f32"));
     };
     if inputs == 0 {
         return Ok(());
@@ -201,37 +201,25 @@ pub(super) fn quantize_tensor(
     for Segment { source: view, element, .. } in &tensor.segments {
         let (from, count) = (*element, view.elements() as usize);
         let codes = &mut codes[from..from + count];
-        let rows = from / inputs..(from + count) / inputs;
-        match (view.dtype(), &mut *scales) {
-            (Dtype::BF16, CpuStorage::BF16(s)) => {
-                quantize_rows(to, view, inputs, codes, &mut s[rows], |s: bf16| s)?;
-            }
-            (Dtype::F16, CpuStorage::F16(s)) => {
-                quantize_rows(to, view, inputs, codes, &mut s[rows], |s: f16| s)?;
-            }
-            (Dtype::F32, CpuStorage::F32(s)) => {
-                quantize_rows(to, view, inputs, codes, &mut s[rows], |s: f32| s)?;
-            }
-            // Joined layers of different dtypes: their scales, rounded to their own, meet in f32.
-            (Dtype::BF16, CpuStorage::F32(s)) => {
-                quantize_rows(to, view, inputs, codes, &mut s[rows], bf16::to_f32)?;
-            }
-            (Dtype::F16, CpuStorage::F32(s)) => {
-                quantize_rows(to, view, inputs, codes, &mut s[rows], f16::to_f32)?;
-            }
-            (stored, _) => return Err(no_way(tensor, &format!("it is stored as {stored}"))),
+        let scales = &mut scales[from / inputs..(from + count) / inputs];
+        match view.dtype() {
+            Dtype::BF16 => quantize_rows(to, view, inputs, codes, scales, bf16::to_f32)?,
+            Dtype::F16 => quantize_rows(to, view, inputs, codes, scales, f16::to_f32)?,
+            Dtype::F32 => quantize_rows(to, view, inputs, codes, scales, |scale: f32| scale)?,
+            stored => return Err(no_way(tensor, &format!("it is stored as {stored}"))),
         }
     }
     Ok(())
 }
 
-fn quantize_rows<T: Real + bytemuck::Pod, S: Send>(
+/// The scales are rounded to the dtype of the weight, and kept wide.
+fn quantize_rows<T: Real + bytemuck::Pod>(
     to: Codes,
     view: &TensorView,
     inputs: usize,
     codes: &mut [u8],
-    scales: &mut [S],
-    keep: impl Fn(T) -> S + Sync,
+    scales: &mut [f32],
+    wide: impl Fn(T) -> f32 + Sync,
 ) -> Result<()> {
     let rows = (PIECE / (inputs * size_of::<T>())).max(1);
     let pieces = codes.par_chunks_mut(rows * inputs).zip(scales.par_chunks_mut(rows));
@@ -242,7 +230,7 @@ fn quantize_rows<T: Real + bytemuck::Pod, S: Send>(
         let mut own = vec![T::zeroed(); scales.len()];
         to.quantize_rows(&weight, inputs, codes, &mut own)
             .map_err(|fault| Error::not_finite(view, first + fault.row, fault.column))?;
-        scales.iter_mut().zip(own).for_each(|(kept, scale)| *kept = keep(scale));
+        scales.iter_mut().zip(own).for_each(|(kept, scale)| *kept = wide(scale));
         Ok(())
     })
 }

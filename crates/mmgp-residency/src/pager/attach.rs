@@ -141,9 +141,10 @@ impl Pager {
             let place = || format!("{}: tensor `{}`", view.file().path().display(), view.name());
             dtypes.push(match (new.form, device.travels_as(view.dtype()), view.dtype()) {
                 (Form::AsStored, Some(dtype), _) => dtype,
-                (_, _, Dtype::BF16 | Dtype::F16 | Dtype::F32 | Dtype::F64) => {
-                    device.compute_dtype()
-                }
+                (form, _, Dtype::BF16 | Dtype::F16 | Dtype::F32 | Dtype::F64) => match form {
+                    Form::F32 => DType::F32,
+                    _ => device.compute_dtype(),
+                },
                 (_, _, found) => {
                     return Err(wrong(format!("{} is stored as {found}", place())));
                 }

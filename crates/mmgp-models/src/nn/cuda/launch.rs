@@ -327,6 +327,7 @@ fn addressed<R>(
             DType::BF16 => address::<bf16>(storage, layout, stream)?,
             DType::F16 => address::<f16>(storage, layout, stream)?,
             DType::F32 => address::<f32>(storage, layout, stream)?,
+            DType::U32 => address::<u32>(storage, layout, stream)?,
             other => bail!("nn: no kernels for {other:?}"),
         };
         addresses.push(address);
@@ -338,7 +339,7 @@ fn addressed<R>(
 }
 
 /// Where the values that `layout` shows of a storage begin, held to the memory that it has.
-fn address<'a, T: Element>(
+fn address<'a, T: CudaDType + DeviceRepr>(
     storage: &'a CudaStorage,
     layout: &Layout,
     stream: &'a CudaStream,

@@ -7,12 +7,14 @@
 
 mod choice;
 mod convolution;
+mod copies;
 mod cudnn;
 mod flash;
 mod heads;
 mod launch;
 mod self_test;
 mod shape;
+mod softmax;
 
 use candle_core::{
     CpuStorage, CudaDevice, CudaStorage, DType, Device, InplaceOp1, Layout, Result, Tensor,
@@ -26,7 +28,7 @@ use self::{
         Element, Fresh, KERNELS, Place, Scratch, Written, by_dtype, held_to, run_into, tensor_of,
     },
     shape::{
-        Activate, Add, Axes, Flat, Gate, GateNorm, Grid, Group, Lines, PerItem, Rows, piece_values,
+        Activate, Add, Flat, Gate, GateNorm, Grid, Group, Lines, PerItem, Rows, axes, piece_values,
     },
 };
 use crate::nn::{Activation, Window};
@@ -40,7 +42,9 @@ pub use self::{
 };
 pub(crate) use self::{
     choice::{take, take_input},
+    copies::{contiguous, look},
     heads::{attention_beside_gelu, heads, merge, project},
+    softmax::Softmaxed,
 };
 
 /// The kernels as they were compiled: what a self-test's result is about, beside the card and the driver.
@@ -376,7 +380,7 @@ fn normed_into<T: Element>(
     Ok((sum.map(|sum| sum.tensor(x.shape())), input))
 }
 
-/// `x + factor · y`, `y` broadcast to the shape of `x`; `None` for more than five axes.
+/// `x + factor · y`, `y` broadcast to the shape of `x`; `None` for more than six axes.
 pub(crate) fn add(x: &Tensor, y: &Tensor, factor: f64) -> Result<Option<Tensor>> {
     by_dtype!(x, added(x, y, factor))
 }
@@ -385,11 +389,7 @@ fn added<T: Element>(x: &Tensor, y: &Tensor, factor: f64) -> Result<Option<Tenso
     let x = x.contiguous()?;
     let alike = y.dims() == x.dims() && y.is_contiguous();
     let y = y.broadcast_as(x.dims())?;
-    let (mut dims, mut strides): (Axes, Axes) = ([1; 5], [0; 5]);
-    let Some(ones) = dims.len().checked_sub(x.rank()) else { return Ok(None) };
-    for (at, (&n, &stride)) in x.dims().iter().zip(y.stride()).enumerate() {
-        (dims[ones + at], strides[ones + at]) = (n as u64, stride as u64);
-    }
+    let Some([dims, strides]) = axes(y.layout()) else { return Ok(None) };
     let len = x.elem_count() as u64;
     let mut out = Fresh::<T>::new(&x, len)?;
     if len > 0 {

@@ -623,15 +623,28 @@ static __device__ __forceinline__ void gate_norm(const GateNorm &p) {
     whole ? gate_norm<T, To, GATED, true>(p, shared) : gate_norm<T, To, GATED, false>(p, shared);
 }
 
+// A number for each axis of a tensor, behind ones for those that it does not have.
+constexpr u32 AXES = 6;
+typedef u64 Axes[AXES];
+
+// Where the value lies that is the `at`th of `dims`.
+static __device__ __forceinline__ u64 placed(u64 at, const Axes &dims, const Axes &strides) {
+    u64 to = 0;
+    for (int axis = AXES - 1; axis >= 0; axis--) {
+        to += at % dims[axis] * strides[axis];
+        at /= dims[axis];
+    }
+    return to;
+}
+
 // `out = x + factor · y`, both operations rounded in f32; `x` and `out` are contiguous.
-typedef u64 Axes[5];
 struct Add {
     const void *x;
     const void *y;
     void *out;
     u64 len;
     u64 alike;    // whether y is contiguous too; else
-    Axes dims;    // of x, behind ones
+    Axes dims;    // of x
     Axes strides; // of y, in elements
     double factor;
 };
@@ -654,12 +667,7 @@ template <typename T, bool WHOLE> static __device__ __forceinline__ void add(con
         } else {
 #pragma unroll
             for (u32 i = 0; i < N; i++) {
-                u64 left = first + i, at = 0;
-                for (int axis = 4; axis >= 0; axis--) {
-                    at += left % p.dims[axis] * p.strides[axis];
-                    left /= p.dims[axis];
-                }
-                b.v[i] = i < have ? y[at] : rounded<T>(0.f);
+                b.v[i] = i < have ? y[placed(first + i, p.dims, p.strides)] : rounded<T>(0.f);
             }
         }
         Vector<T> to;
@@ -851,6 +859,154 @@ template <typename T> static __device__ __forceinline__ void group_moments(const
     }
 }
 
+// softmax(x · scale + biases) along rows, in their place.
+struct Softmax {
+    void *x;         // [items, heads, queries, width], contiguous
+    const void *a;   // biases, of which rows have their values side by side; the second where the first is
+    const void *b;
+    u64 rows;        // items · heads · queries
+    u64 heads;       // of an item
+    u64 queries;     // of a head
+    u64 width;
+    u64 a_item; // strides, in elements: 0 along what a bias does not have
+    u64 a_head;
+    u64 a_query;
+    u64 b_item;
+    u64 b_head;
+    u64 b_query;
+    double scale;
+};
+
+// A row is a y row of a block. WHOLE: rows and biases are whole vectors.
+template <typename T, bool WHOLE>
+static __device__ __forceinline__ void softmax(const Softmax &p, float *shared) {
+    constexpr u32 N = Vector<T>::N;
+    const u32 count = (u32)p.rows, width = (u32)p.width;
+    const u32 heads = (u32)p.heads, queries = (u32)p.queries;
+    const float scale = (float)p.scale;
+    const u64 step = (u64)gridDim.x * blockDim.y;
+    for (u64 base = (u64)blockIdx.x * blockDim.y; base < count; base += step) {
+        const bool live = base + threadIdx.y < count;
+        const u32 at = live ? (u32)base + threadIdx.y : 0;
+        const u32 query = at % queries, head = at / queries % heads, item = at / queries / heads;
+        T *x = static_cast<T *>(p.x) + (u64)at * width;
+        const T *a = static_cast<const T *>(p.a), *b = static_cast<const T *>(p.b);
+        if (a) a += item * p.a_item + head * p.a_head + query * p.a_query;
+        if (b) b += item * p.b_item + head * p.b_head + query * p.b_query;
+        const Row<T, WHOLE> row(x, width, live);
+        // What is exponentiated, each time the same.
+        auto score = [&](u32 vector, const Vector<T> &of, float (&y)[N]) {
+            const u32 first = vector * N, have = row.have(vector);
+#pragma unroll
+            for (u32 i = 0; i < N; i++) y[i] = __fmul_rn(wide(of.v[i]), scale);
+            if (a) {
+                const Vector<T> bias = load<WHOLE>(a + first, have);
+#pragma unroll
+                for (u32 i = 0; i < N; i++) y[i] = __fadd_rn(y[i], wide(bias.v[i]));
+            }
+            if (b) {
+                const Vector<T> bias = load<WHOLE>(b + first, have);
+#pragma unroll
+                for (u32 i = 0; i < N; i++) y[i] = __fadd_rn(y[i], wide(bias.v[i]));
+            }
+        };
+        float most = -INFINITY;
+        row.each([&](u32 vector, const Vector<T> &of) {
+            float y[N];
+            score(vector, of, y);
+            const u32 have = row.have(vector);
+#pragma unroll
+            for (u32 i = 0; i < N; i++) {
+                if (i < have) most = larger(most, y[i]);
+            }
+        });
+        most = largest_of_row(most, shared);
+        float sum = 0.f;
+        row.each([&](u32 vector, const Vector<T> &of) {
+            float y[N];
+            score(vector, of, y);
+            const u32 have = row.have(vector);
+#pragma unroll
+            for (u32 i = 0; i < N; i++) {
+                if (i < have) sum = __fadd_rn(sum, expf(__fsub_rn(y[i], most)));
+            }
+        });
+        const float inverse = 1.f / over_row(sum, shared);
+        // A row that does not lie aligned is read again, by the thread that writes it.
+        row.each([&](u32 vector, const Vector<T> &of) {
+            float y[N];
+            score(vector, of, y);
+            Vector<T> to;
+#pragma unroll
+            for (u32 i = 0; i < N; i++) {
+                to.v[i] = rounded<T>(__fmul_rn(expf(__fsub_rn(y[i], most)), inverse));
+            }
+            store<WHOLE>(x + vector * N, to, row.have(vector));
+        });
+    }
+}
+
+template <typename T> static __device__ __forceinline__ void softmax(const Softmax &p) {
+    __shared__ float shared[32];
+    const bool whole = multiples(16, p.x, p.a, p.b) &&
+        multiples(Vector<T>::N, p.width, p.a_item, p.a_head, p.a_query, p.b_item, p.b_head, p.b_query);
+    whole ? softmax<T, true>(p, shared) : softmax<T, false>(p, shared);
+}
+
+// `out[row] = table[ids[row]]`; NaN for an id that the table does not have.
+struct Look {
+    const void *table; // [lines, width], contiguous
+    const u32 *ids;    // [rows], contiguous
+    void *out;         // [rows, width], contiguous
+    u64 lines;
+    u64 rows;
+    u64 width;
+};
+
+// x runs over the vectors of a row, y over rows.
+template <typename T, bool WHOLE> static __device__ __forceinline__ void look(const Look &p) {
+    constexpr u32 N = Vector<T>::N;
+    const u32 count = (u32)p.rows, width = (u32)p.width, vectors = (width + N - 1) / N;
+    for (u64 at = (u64)blockIdx.y * blockDim.y + threadIdx.y; at < count;
+         at += (u64)gridDim.y * blockDim.y) {
+        const u32 id = p.ids[at];
+        const T *from = static_cast<const T *>(p.table) + (u64)id * width;
+        T *to = static_cast<T *>(p.out) + at * width;
+        for (u32 vector = blockIdx.x * blockDim.x + threadIdx.x; vector < vectors;
+             vector += gridDim.x * blockDim.x) {
+            const u32 have = WHOLE ? N : held_by<T>(vector, width);
+            Vector<T> line;
+#pragma unroll
+            for (u32 i = 0; i < N; i++) line.v[i] = rounded<T>(NAN);
+            if (id < p.lines) line = load<WHOLE>(from + vector * N, have);
+            store<WHOLE>(to + vector * N, line, have);
+        }
+    }
+}
+
+template <typename T> static __device__ __forceinline__ void look(const Look &p) {
+    const bool whole = multiples(16, p.table, p.out) && multiples(Vector<T>::N, p.width);
+    whole ? look<T, true>(p) : look<T, false>(p);
+}
+
+// Values that lie apart, side by side.
+struct Gather {
+    const void *x;
+    void *out; // contiguous
+    u64 len;
+    Axes dims;
+    Axes strides; // of x, in elements
+};
+
+template <typename T> static __device__ __forceinline__ void gather(const Gather &p) {
+    const T *x = static_cast<const T *>(p.x);
+    T *out = static_cast<T *>(p.out);
+    const u64 step = (u64)gridDim.x * blockDim.x;
+    for (u64 at = (u64)blockIdx.x * blockDim.x + threadIdx.x; at < p.len; at += step) {
+        out[at] = x[placed(at, p.dims, p.strides)];
+    }
+}
+
 // x runs over the vectors of a channel, y over channels.
 template <typename T, Function F, bool WHOLE>
 static __device__ __forceinline__ void group_apply(const Group &p) {
@@ -1017,7 +1173,10 @@ static __device__ __forceinline__ void in_turn() {
     KERNEL(group_copy_##SUFFIX, 4, Group, group_apply<T, COPY>)                                    \
     KERNEL(group_silu_##SUFFIX, 4, Group, group_apply<T, SILU>)                                    \
     KERNEL(channels_last_##SUFFIX, 4, Pixels, channels_last<T>)                                    \
-    KERNEL(channels_first_##SUFFIX, 4, Pixels, channels_first<T>)
+    KERNEL(channels_first_##SUFFIX, 4, Pixels, channels_first<T>)                                  \
+    KERNEL(softmax_##SUFFIX, 3, Softmax, softmax<T>)                                               \
+    KERNEL(look_##SUFFIX, 4, Look, look<T>)                                                        \
+    KERNEL(gather_##SUFFIX, 4, Gather, gather<T>)
 
 // What quantized products read is of 16 bits.
 #define CODED(T, SUFFIX)                                                                           \

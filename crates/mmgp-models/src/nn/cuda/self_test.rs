@@ -43,6 +43,8 @@ pub fn self_test(device: &CudaDevice) -> Result<()> {
         on.gated_norms()?;
         on.activations()?;
         on.groups()?;
+        on.softmaxes()?;
+        on.copies()?;
     }
     Ok(())
 }
@@ -580,6 +582,67 @@ impl On<'_> {
                     Ok(y)
                 })?;
             }
+        }
+        Ok(())
+    }
+
+    fn softmaxes(&self) -> Result<()> {
+        for (batch, heads, queries, keys) in
+            [(1, 1, 1, 1), (2, 3, 5, 7), (1, 2, 77, 77), (2, 2, 9, 1024), (1, 1, 3, 9001)]
+        {
+            let scores = self.values(&[batch, heads, queries, keys], 1)?;
+            let of_heads = self.values(&[1, heads, queries, keys], 2)?;
+            let of_items = self.values(&[batch, 1, 1, keys], 3)?;
+            let causal = self.made(&[1, 1, queries, keys], |i| {
+                let (query, key) = (i as usize / keys, i as usize % keys);
+                if key > query { f32::NEG_INFINITY } else { 0. }
+            })?;
+            for biases in [&[][..], &[&of_heads], &[&of_heads, &of_items], &[&causal]] {
+                let owned: Vec<Tensor> = biases.iter().map(|bias| (*bias).clone()).collect();
+                let want = nn::softmax(scores.copy()?, 0.3, &owned)?;
+                self.check("softmax", Within::Rounding, &want, |put| {
+                    let x = put.tensor(&scores)?;
+                    let biases = biases.iter().map(|bias| put.tensor(bias));
+                    let biases = biases.collect::<candle_core::Result<Vec<_>>>()?;
+                    let biases: Vec<&Tensor> = biases.iter().collect();
+                    x.inplace_op1(&super::Softmaxed { scale: 0.3, biases: &biases })?;
+                    Ok(x)
+                })?;
+            }
+        }
+        Ok(())
+    }
+
+    fn copies(&self) -> Result<()> {
+        let copied = |x: &Tensor| match super::contiguous(x)? {
+            Some(copy) => Ok(copy),
+            None => Err(Error::Invalid(format!("{} axes are not copied", x.rank()))),
+        };
+        let x = self.values(&[2, 3, 4, 5, 2, 7], 1)?;
+        for order in [[0, 2, 4, 1, 3, 5], [5, 4, 3, 2, 1, 0], [0, 1, 2, 3, 5, 4]] {
+            let moved = |x: &Tensor| x.permute(order);
+            self.check("gather", Within::Bits, &moved(&x)?.contiguous()?, |put| {
+                copied(&moved(&put.tensor(&x)?)?)
+            })?;
+        }
+        let part = |x: &Tensor| x.flatten(0, 2)?.flatten(1, 3)?.narrow(1, 3, 40)?.t();
+        self.check("gather", Within::Bits, &part(&x)?.contiguous()?, |put| {
+            copied(&part(&put.tensor(&x)?)?)
+        })?;
+
+        let ids = [3u32, 0, 10, 3, 9, 1];
+        for width in WIDTHS {
+            let table = self.values(&[11, width], 2)?;
+            let want = nn::look_up(&table, &Tensor::new(&ids, &Device::Cpu)?)?;
+            let on = |ids: &[u32]| Tensor::new(ids, &Device::Cuda(self.device.clone()));
+            self.check("look", Within::Bits, &want, |put| {
+                let table = put.tensor(&table)?;
+                let missing = back(&super::look(&table, &on(&[11, u32::MAX])?)?)?;
+                if !missing.iter().all(|value| value.is_nan()) {
+                    return Err(Error::Invalid("lines that are not there are numbers".into()));
+                }
+                Ok(super::look(&table, &on(&ids)?)?)
+            })?;
         }
         Ok(())
     }

@@ -80,14 +80,42 @@ argument! {
     }
 }
 
-/// A number for each of the axes that a sum may have.
-pub(super) type Axes = [u64; 5];
+/// A number for each of the axes that a tensor may have.
+pub(super) type Axes = [u64; 6];
+
+/// `layout`'s dimensions and strides, behind those of axes that it does not have; `None` for more axes than kernels know.
+pub(super) fn axes(layout: &Layout) -> Option<[Axes; 2]> {
+    let (mut dims, mut strides): (Axes, Axes) = ([1; 6], [0; 6]);
+    let ones = dims.len().checked_sub(layout.dims().len())?;
+    for (at, (&n, &stride)) in layout.dims().iter().zip(layout.stride()).enumerate() {
+        (dims[ones + at], strides[ones + at]) = (n as u64, stride as u64);
+    }
+    Some([dims, strides])
+}
 
 argument! {
     /// `x + factor · y`.
     Add {
         x: u64, y: u64, out: u64, len: u64, alike: u64, dims: Axes, strides: Axes, factor: f64,
     }
+}
+
+argument! {
+    /// softmax(x · scale + biases) along rows, in their place.
+    Softmax {
+        x: u64, a: u64, b: u64, rows: u64, heads: u64, queries: u64, width: u64,
+        a_item: u64, a_head: u64, a_query: u64, b_item: u64, b_head: u64, b_query: u64, scale: f64,
+    }
+}
+
+argument! {
+    /// Lines of a table.
+    Look { table: u64, ids: u64, out: u64, lines: u64, rows: u64, width: u64 }
+}
+
+argument! {
+    /// Values that lie apart, side by side.
+    Gather { x: u64, out: u64, len: u64, dims: Axes, strides: Axes }
 }
 
 argument! {
@@ -377,18 +405,23 @@ mod tests {
         check("Activate", Activate::FIELDS, size_of::<Activate>());
         check("Group", Group::FIELDS, size_of::<Group>());
         check("Pixels", Pixels::FIELDS, size_of::<Pixels>());
+        check("Softmax", Softmax::FIELDS, size_of::<Softmax>());
+        check("Look", Look::FIELDS, size_of::<Look>());
+        check("Gather", Gather::FIELDS, size_of::<Gather>());
         check("Attention", Attention::FIELDS, size_of::<Attention>());
         for line in [
             "constexpr u32 HELD = 4;",
             "constexpr u32 PIECE = 256;",
             "constexpr u32 TILE = 32;",
             "constexpr u32 ITEMS = 16;",
+            "constexpr u32 AXES = 6;",
             "constexpr u32 THREADS = 128;",
             "constexpr u32 QUERIES = 128,",
         ] {
             assert!(SOURCES.contains(line), "{line}");
         }
         assert_eq!((HELD, BLOCK, TILE, ITEMS, SHORT, QUERIES), (4, 256, 32, 16, 128, 128));
+        assert_eq!(size_of::<Axes>(), 8 * 6);
     }
 
     #[test]

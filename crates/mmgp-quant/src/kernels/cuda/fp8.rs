@@ -13,12 +13,15 @@ use std::{
 use candle_core::{
     CudaDevice, DType, Device, Result, Tensor, bail,
     cuda_backend::{
-        CudaDType, WrapErr,
+        WrapErr,
         cudarc::driver::{
-            CudaSlice, DevicePtrMut, DeviceRepr,
-            sys::CUdevice_attribute::{
-                CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR as MAJOR,
-                CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR as MINOR,
+            CudaSlice, DevicePtr, DevicePtrMut,
+            sys::{
+                self,
+                CUdevice_attribute::{
+                    CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR as MAJOR,
+                    CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR as MINOR,
+                },
             },
         },
     },
@@ -31,7 +34,7 @@ use super::{
     output::{fresh, into},
     product::{self, Half, address, aligned},
     short,
-    w8a8::{Addresses, LONGEST, MOST_INPUTS, Shape, quantize},
+    w8a8::{LONGEST, MOST_INPUTS, Shape, quantize},
 };
 use crate::{Codes, Epilogue, Input};
 
@@ -76,7 +79,7 @@ pub(crate) fn fp8_name(dtype: DType) -> Result<String> {
 }
 
 /// `x · (codes · scales)ᵀ (+ bias)` as a fresh `[rows, outputs]` of `x`'s dtype: `x` `[rows, inputs]` bf16 or f16,
-/// `codes` U8 `[outputs, inputs]` (e4m3), `scales` bf16, f16 or f32 `[outputs, 1]` (none: 1) and `bias` `[outputs]` in
+/// `codes` U8 `[outputs, inputs]` (e4m3), `scales` f32 `[outputs, 1]` (none: 1) and `bias` `[outputs]` in
 /// `x`'s dtype are contiguous and on one device.
 ///
 /// A row of `x` becomes codes by its largest magnitude over 448, to nearest, ties to even; one that holds a NaN or an
@@ -117,13 +120,9 @@ pub(crate) fn fp8_product_into(
     bias: Option<&Tensor>,
     to: (Epilogue, &Tensor),
 ) -> Result<bool> {
-    match (x.dtype(), scales.map_or(DType::F32, Tensor::dtype)) {
-        (DType::BF16, DType::BF16) => run::<bf16, bf16>(x, codes, scales, bias, to),
-        (DType::BF16, DType::F16) => run::<bf16, f16>(x, codes, scales, bias, to),
-        (DType::BF16, DType::F32) => run::<bf16, f32>(x, codes, scales, bias, to),
-        (DType::F16, DType::BF16) => run::<f16, bf16>(x, codes, scales, bias, to),
-        (DType::F16, DType::F16) => run::<f16, f16>(x, codes, scales, bias, to),
-        (DType::F16, DType::F32) => run::<f16, f32>(x, codes, scales, bias, to),
+    match x.dtype() {
+        DType::BF16 => run::<bf16>(x, codes, scales, bias, to),
+        DType::F16 => run::<f16>(x, codes, scales, bias, to),
         _ => Ok(false),
     }
 }
@@ -133,7 +132,7 @@ pub(crate) fn fp8_reads_codes(x: &Input, weight: &[usize]) -> bool {
     weight.first().is_some_and(|outputs| outputs.is_multiple_of(16)) && reads_codes(x, weight)
 }
 
-fn run<T: Half, S: CudaDType + DeviceRepr + 'static>(
+fn run<T: Half>(
     x: &Input,
     codes: &Tensor,
     scales: Option<&Tensor>,
@@ -165,8 +164,9 @@ fn run<T: Half, S: CudaDType + DeviceRepr + 'static>(
     if !fp8_multiplies(device)? {
         return Ok(false);
     }
-    let (dtype, stored) = (x.dtype(), scales.map_or(DType::F32, Tensor::dtype));
+    let dtype = x.dtype();
     let (x, codes) = (Operand::of::<T>(x, device)?, aligned::<u8>(codes, device)?);
+    let scales = scales.map(|scales| aligned::<f32>(scales, device)).transpose()?;
     let bias = bias.map(|bias| aligned::<T>(bias, device)).transpose()?;
     into::<T>(device, y, |y| {
         let stream = device.cuda_stream();
@@ -175,123 +175,49 @@ fn run<T: Half, S: CudaDType + DeviceRepr + 'static>(
         if !product::offers(&stream, planned)? {
             return Ok(false);
         }
-        // SAFETY: plain numbers, and a kernel writes each before another reads it.
-        let mut wide = unsafe { device.alloc::<f32>(outputs)? };
+        let ones = scales.is_none().then(|| ones(device, outputs)).transpose()?;
         let mut room = x.room(device, rows, inputs)?;
         // All stay locked until the product is queued.
         let (locked, codes) = (x.locked(), codes.storage_and_layout());
-        let (scales, bias) =
-            (scales.map(Tensor::storage_and_layout), bias.as_ref().map(Tensor::storage_and_layout));
+        let locks = |tensor: &Option<Tensor>| tensor.as_ref().map(Tensor::storage_and_layout);
+        let (scales, bias) = (locks(&scales), locks(&bias));
         let x = locked.at::<T>(&mut room, &stream)?;
         let (w, _w) = address::<u8>(&codes.0, codes.1, &stream)?;
-        let (scales, _scales) = match &scales {
-            Some(scales) => Some(address::<S>(&scales.0, scales.1, &stream)?).unzip(),
-            None => (None, None),
-        };
+        let (of_outputs, _of_outputs) = match (&scales, &ones) {
+            (Some(scales), _) => Some(address::<f32>(&scales.0, scales.1, &stream)?),
+            (None, ones) => ones.as_ref().map(|ones| ones.device_ptr(&stream)),
+        }
+        .unzip();
         let (bias, _bias) = match &bias {
             Some(bias) => Some(address::<T>(&bias.0, bias.1, &stream)?).unzip(),
             None => (None, None),
         };
-        let (wide, _wide) = wide.device_ptr_mut(&stream);
+        let of_outputs = of_outputs.unwrap_or(NULL); // there are one or the other
         let (of_x, of_rows) = (x.codes, x.scales);
-        let y_row = y.row;
-        let y = y.address;
-        let shape = Shape { rows, outputs, inputs, dtype, epilogue, y_row };
-        let at = Addresses { x: of_x, x_scales: of_rows, w, w_scales: wide, bias, y };
-        let multiplied = product::Addresses { x: of_x, w, scales: Some((of_rows, wide)), bias, y };
+        let shape = Shape { rows, outputs, inputs, dtype, epilogue, y_row: y.row };
+        let scales = Some((of_rows, of_outputs));
+        let at = product::Addresses { x: of_x, w, scales, bias, y: y.address };
         // SAFETY: `address` and `into` held the operands to their memory, and they and the buffers have the lengths that
         // `shape` says, which are those of the plan. All lie on `stream`'s device and are ordered by it; the buffers overlap
         // nothing.
         unsafe {
-            let read = (x.numbers, scales.unwrap_or(NULL), stored);
-            quantize(device, Codes::Fp8, shape, read, &at)?;
-            product::run(device, &stream, planned, &multiplied, (1., 0.))
+            quantize(device, Codes::Fp8, shape, x.numbers, (of_x, of_rows))?;
+            product::run(device, &stream, planned, &at, (1., 0.))
         }
     })
 }
 
-/// What the quantization writes.
-struct Quantized {
-    /// `[rows, inputs]`
-    codes: CudaSlice<u8>,
-    /// One for each row.
-    row_scales: CudaSlice<f32>,
-    /// The scales of the weight, one for each output.
-    wide: CudaSlice<f32>,
-}
-
-impl Quantized {
-    /// Memory that the kernel fills before anything reads it.
-    fn alloc(device: &CudaDevice, (rows, outputs, inputs): (usize, usize, usize)) -> Result<Self> {
-        // SAFETY: plain numbers, and the kernel writes each before another reads it.
-        unsafe {
-            Ok(Self {
-                codes: device.alloc::<u8>(rows * inputs)?,
-                row_scales: device.alloc::<f32>(rows)?,
-                wide: device.alloc::<f32>(outputs)?,
-            })
-        }
-    }
-}
-
-/// The codes and scales that the rows of `x` `[rows, inputs]`, bf16 or f16, become, and the scales widened, for the
-/// self-test: `inputs` is a multiple of 8, and `x` begins at a multiple of 16 bytes.
-pub(crate) fn quantized_to_fp8(
-    x: &Tensor,
-    scales: Option<&Tensor>,
-    outputs: usize,
-) -> Result<(Vec<u8>, Vec<f32>, Vec<f32>)> {
-    match (x.dtype(), scales.map_or(DType::F32, Tensor::dtype)) {
-        (DType::BF16, DType::BF16) => quantized::<bf16, bf16>(x, scales, outputs),
-        (DType::BF16, DType::F16) => quantized::<bf16, f16>(x, scales, outputs),
-        (DType::BF16, DType::F32) => quantized::<bf16, f32>(x, scales, outputs),
-        (DType::F16, DType::BF16) => quantized::<f16, bf16>(x, scales, outputs),
-        (DType::F16, DType::F16) => quantized::<f16, f16>(x, scales, outputs),
-        (DType::F16, DType::F32) => quantized::<f16, f32>(x, scales, outputs),
-        (x, scales) => bail!("fp8 linear: input {x:?}, scales {scales:?}"),
-    }
-}
-
-fn quantized<T: Half, S: CudaDType + DeviceRepr + 'static>(
-    x: &Tensor,
-    scales: Option<&Tensor>,
-    outputs: usize,
-) -> Result<(Vec<u8>, Vec<f32>, Vec<f32>)> {
-    let (rows, inputs) = x.dims2()?;
-    let Device::Cuda(device) = x.device() else {
-        bail!("fp8 linear: a product of the GPU was given a tensor of another device");
-    };
-    if !inputs.is_multiple_of(8) || scales.is_some_and(|s| s.elem_count() != outputs) {
-        bail!("fp8 linear: input {:?}, scales {:?}", x.dims(), scales.map(Tensor::dims));
-    }
+/// A scale of one for each output.
+fn ones(device: &CudaDevice, outputs: usize) -> Result<CudaSlice<f32>> {
     let stream = device.cuda_stream();
-    let (dtype, stored) = (x.dtype(), scales.map_or(DType::F32, Tensor::dtype));
-    let x = aligned::<T>(x, device)?;
-    let mut made = Quantized::alloc(device, (rows, outputs, inputs))?;
+    // SAFETY: plain numbers, all of which are written before anything reads them.
+    let mut ones = unsafe { device.alloc::<f32>(outputs)? };
     {
-        let x = x.storage_and_layout();
-        let scales = scales.map(Tensor::storage_and_layout);
-        let (x, _x) = address::<T>(&x.0, x.1, &stream)?;
-        let (scales, _scales) = match &scales {
-            Some(scales) => Some(address::<S>(&scales.0, scales.1, &stream)?).unzip(),
-            None => (None, None),
-        };
-        let (of_x, _of_x) = made.codes.device_ptr_mut(&stream);
-        let (wide, _wide) = made.wide.device_ptr_mut(&stream);
-        let (of_rows, _of_rows) = made.row_scales.device_ptr_mut(&stream);
-        let epilogue = Epilogue::None;
-        let shape = Shape { rows, outputs, inputs, dtype, epilogue, y_row: outputs };
-        let at =
-            Addresses { x: of_x, x_scales: of_rows, w: NULL, w_scales: wide, bias: None, y: NULL };
-        // SAFETY: `address` held the operands to their memory, and they and the buffers have the lengths that `shape`
-        // says; the quantization reads and writes no others. All are ordered by `stream`.
-        unsafe {
-            quantize(device, Codes::Fp8, shape, (x, scales.unwrap_or(NULL), stored), &at)?;
-        }
+        let (at, _written) = ones.device_ptr_mut(&stream);
+        // SAFETY: there are so many values of 32 bits, ordered by the stream.
+        unsafe { sys::cuMemsetD32Async(at, 1f32.to_bits(), outputs, stream.cu_stream()) }
+            .result()
+            .w()?;
     }
-    Ok((
-        device.clone_dtoh(&made.codes)?,
-        device.clone_dtoh(&made.row_scales)?,
-        device.clone_dtoh(&made.wide)?,
-    ))
+    Ok(ones)
 }

@@ -41,9 +41,9 @@ static __device__ __forceinline__ bool aligned(const void *p) { return ((uintptr
 
 // What `expand` does, of codes of rotated rows, rotated back before they are rounded: a warp takes a group of 256, which lies in
 // one row.
-template <typename S, typename T>
+template <typename T>
 static __device__ __forceinline__ void expand_rotated(
-    const uint8_t *__restrict__ codes, const S *__restrict__ scales, T *__restrict__ out,
+    const uint8_t *__restrict__ codes, const float *__restrict__ scales, T *__restrict__ out,
     u64 total, u64 inputs
 ) {
     const bool whole = (uintptr_t)codes % 8 == 0 && aligned(out);
@@ -52,7 +52,7 @@ static __device__ __forceinline__ void expand_rotated(
     const u32 lane = threadIdx.x % 32;
     for (u64 group = ((u64)blockIdx.x * blockDim.x + threadIdx.x) / 32; group < groups; group += step) {
         const u64 first = group * 256 + lane * ROTATED;
-        const float scale = scales ? wide(scales[group / of_row]) : 1.f;
+        const float scale = scales ? scales[group / of_row] : 1.f;
         __align__(8) uint8_t bytes[ROTATED];
         if (whole) {
             *reinterpret_cast<uint2 *>(bytes) = *reinterpret_cast<const uint2 *>(codes + first);
@@ -81,13 +81,13 @@ static __device__ __forceinline__ void expand_rotated(
 
 // `out[i] = codes[i] * scales[i / inputs]` for i < total, the f32 product rounded once; without scales they are 1. A thread takes
 // 16 neighbours of the flat array; rows may begin anywhere among them.
-template <typename Code, typename S, typename T>
+template <typename Code, typename T>
 static __device__ __forceinline__ void expand(
-    const uint8_t *__restrict__ codes, const S *__restrict__ scales, T *__restrict__ out,
+    const uint8_t *__restrict__ codes, const float *__restrict__ scales, T *__restrict__ out,
     u64 total, u64 inputs
 ) {
     if constexpr (std::is_same<Code, RotatedInt8>::value) {
-        expand_rotated<S, T>(codes, scales, out, total, inputs);
+        expand_rotated<T>(codes, scales, out, total, inputs);
         return;
     }
     const bool whole = aligned(codes) && aligned(out);
@@ -97,7 +97,7 @@ static __device__ __forceinline__ void expand(
         const u64 first = group * 16;
         u64 row = first / inputs;
         u64 left = inputs - (first - row * inputs); // elements up to the end of the row, at least 1
-        float scale = scales ? wide(scales[row]) : 1.f;
+        float scale = scales ? scales[row] : 1.f;
         if (whole && first + 16 <= total) {
             const uint4 packed = *reinterpret_cast<const uint4 *>(codes + first);
             const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
@@ -107,7 +107,7 @@ static __device__ __forceinline__ void expand(
                 if (left == 0) { // i < 16 elements of this group remain, so this row exists
                     left = inputs;
                     row++;
-                    scale = scales ? wide(scales[row]) : 1.f;
+                    scale = scales ? scales[row] : 1.f;
                 }
                 left--;
                 const float code = Code::value(words[i / 4] >> (i % 4 * 8) & 255);
@@ -123,7 +123,7 @@ static __device__ __forceinline__ void expand(
                 if (left == 0) {
                     left = inputs;
                     row++;
-                    scale = scales ? wide(scales[row]) : 1.f;
+                    scale = scales ? scales[row] : 1.f;
                 }
                 left--;
                 out[i] = rounded<T>(__fmul_rn(Code::value(codes[i]), scale));
@@ -172,32 +172,26 @@ static __device__ __forceinline__ void in_turn() {
 #endif
 }
 
-#define EXPAND_CODES(NAME, CODE, S, T)                                                             \
+#define EXPAND_CODES(NAME, CODE, T)                                                                \
     extern "C" __global__ void NAME(                                                               \
-        const uint8_t *codes, const S *scales, T *out, u64 total, u64 inputs                       \
+        const uint8_t *codes, const float *scales, T *out, u64 total, u64 inputs                   \
     ) {                                                                                            \
         in_turn();                                                                                 \
-        expand<CODE, S, T>(codes, scales, out, total, inputs);                                     \
+        expand<CODE, T>(codes, scales, out, total, inputs);                                        \
     }
-#define EXPAND(NAME, S, T)                                                                         \
-    EXPAND_CODES(expand_##NAME, Int8, S, T)                                                        \
-    EXPAND_CODES(expand_fp8_##NAME, Fp8, S, T)                                                     \
-    EXPAND_CODES(expand_rotated_int8_##NAME, RotatedInt8, S, T)
+#define EXPAND(NAME, T)                                                                            \
+    EXPAND_CODES(expand_##NAME, Int8, T)                                                           \
+    EXPAND_CODES(expand_fp8_##NAME, Fp8, T)                                                        \
+    EXPAND_CODES(expand_rotated_int8_##NAME, RotatedInt8, T)
 #define ADD_BIAS(NAME, T)                                                                          \
     extern "C" __global__ void NAME(T *y, const T *bias, u64 rows, u64 outputs) {                  \
         in_turn();                                                                                 \
         add_bias<T>(y, bias, rows, outputs);                                                       \
     }
 
-EXPAND(bf16_bf16, __nv_bfloat16, __nv_bfloat16)
-EXPAND(bf16_f16, __nv_bfloat16, __half)
-EXPAND(bf16_f32, __nv_bfloat16, float)
-EXPAND(f16_bf16, __half, __nv_bfloat16)
-EXPAND(f16_f16, __half, __half)
-EXPAND(f16_f32, __half, float)
-EXPAND(f32_bf16, float, __nv_bfloat16)
-EXPAND(f32_f16, float, __half)
-EXPAND(f32_f32, float, float)
+EXPAND(bf16, __nv_bfloat16)
+EXPAND(f16, __half)
+EXPAND(f32, float)
 ADD_BIAS(add_bias_bf16, __nv_bfloat16)
 ADD_BIAS(add_bias_f16, __half)
 ADD_BIAS(add_bias_f32, float)

@@ -36,8 +36,8 @@ pub use self::{
     w8a8::{Int8Kernel, w8a8, w8a8_by},
 };
 pub(crate) use self::{
-    fp8::{fp8_name, fp8_product_into, fp8_product_of, fp8_reads_codes, quantized_to_fp8},
-    operand::reads_codes,
+    fp8::{fp8_name, fp8_product_into, fp8_product_of, fp8_reads_codes},
+    operand::{coded, reads_codes},
     product::{add_product, product, product_into},
     w8a8::{quantize_name, w8a8_into, w8a8_name, w8a8_of},
 };
@@ -85,9 +85,9 @@ pub(crate) fn card(ordinal: usize) -> Result<(String, (i32, i32))> {
     Ok((result::device::get_name(gpu).w()?, (attribute(MAJOR)?, attribute(MINOR)?)))
 }
 
-/// The kernel that expands codes by scales of the dtype `scale` to `to`.
-pub(crate) fn expand_name(codes: Codes, scale: DType, to: DType) -> Result<String> {
-    Ok(format!("expand_{}{}_{}", infix(codes), short(scale)?, short(to)?))
+/// The kernel that expands codes to `to`.
+pub(crate) fn expand_name(codes: Codes, to: DType) -> Result<String> {
+    Ok(format!("expand_{}{}", infix(codes), short(to)?))
 }
 
 /// What stands in names of kernels for codes.
@@ -126,37 +126,23 @@ fn blocks(threads: u64) -> u32 {
     threads.div_ceil(u64::from(BLOCK)).clamp(1, GRID_X) as u32
 }
 
-/// `codes · scales` in `dtype` (bf16, f16 or f32), rounded once: `codes` U8 `[outputs, inputs]`, `scales` bf16, f16 or
-/// f32 `[outputs, 1]`; without scales they are 1.
+/// `codes · scales` in `dtype` (bf16, f16 or f32), rounded once: `codes` U8 `[outputs, inputs]`, `scales` f32
+/// `[outputs, 1]`; without scales they are 1.
 pub(crate) fn expand(
     of: Codes,
     codes: (&CudaStorage, &Layout),
     scales: Option<(&CudaStorage, &Layout)>,
     dtype: DType,
 ) -> Result<(CudaStorage, Shape)> {
-    match scales.map_or(DType::F32, |(scales, _)| scales.dtype()) {
-        DType::BF16 => expand_by::<bf16>(of, codes, scales, dtype),
-        DType::F16 => expand_by::<f16>(of, codes, scales, dtype),
-        DType::F32 => expand_by::<f32>(of, codes, scales, dtype),
-        _ => bail!("{of}: the scales are not leased, or of another dtype"),
-    }
-}
-
-fn expand_by<S: CudaDType + DeviceRepr>(
-    of: Codes,
-    codes: (&CudaStorage, &Layout),
-    scales: Option<(&CudaStorage, &Layout)>,
-    dtype: DType,
-) -> Result<(CudaStorage, Shape)> {
     match dtype {
-        DType::BF16 => expand_to::<S, bf16>(of, codes, scales, dtype),
-        DType::F16 => expand_to::<S, f16>(of, codes, scales, dtype),
-        DType::F32 => expand_to::<S, f32>(of, codes, scales, dtype),
+        DType::BF16 => expand_to::<bf16>(of, codes, scales, dtype),
+        DType::F16 => expand_to::<f16>(of, codes, scales, dtype),
+        DType::F32 => expand_to::<f32>(of, codes, scales, dtype),
         other => bail!("{of}: weights are not expanded to {other:?}"),
     }
 }
 
-fn expand_to<S: CudaDType + DeviceRepr, T: CudaDType + DeviceRepr>(
+fn expand_to<T: CudaDType + DeviceRepr>(
     of: Codes,
     (codes, lc): (&CudaStorage, &Layout),
     scales: Option<(&CudaStorage, &Layout)>,
@@ -164,10 +150,9 @@ fn expand_to<S: CudaDType + DeviceRepr, T: CudaDType + DeviceRepr>(
 ) -> Result<(CudaStorage, Shape)> {
     let (outputs, inputs) = lc.shape().dims2()?;
     let dev = codes.device();
-    let stored = scales.map_or(DType::F32, |(scales, _)| scales.dtype());
-    let name = expand_name(of, stored, dtype)?;
+    let name = expand_name(of, dtype)?;
     let codes = view::<u8>(codes, lc)?;
-    let scales = scales.map(|(scales, ls)| view::<S>(scales, ls)).transpose()?;
+    let scales = scales.map(|(scales, ls)| view::<f32>(scales, ls)).transpose()?;
     if let Some(scales) = &scales
         && scales.len() != outputs
     {

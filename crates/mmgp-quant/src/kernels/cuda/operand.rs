@@ -1,17 +1,22 @@
 //! The input of a quantized product: numbers, of which a kernel makes codes in memory taken for that, or codes that are there.
 
 use candle_core::{
-    CudaDevice, DType, Layout, Result, Storage, Tensor, bail,
-    cuda_backend::cudarc::driver::{CudaSlice, CudaStream, DevicePtrMut, SyncOnDrop},
+    CudaDevice, CudaStorage, DType, Device, Layout, Result, Storage, Tensor, bail,
+    cuda_backend::{
+        CudaDType,
+        cudarc::driver::{CudaSlice, CudaStream, DevicePtrMut, DeviceRepr, SyncOnDrop},
+    },
+    op::BackpropOp,
 };
+use half::{bf16, f16};
 use parking_lot::RwLockReadGuard;
 
 use super::{
     NULL,
     product::{Half, address, aligned},
-    w8a8::{LONGEST, MOST_INPUTS},
+    w8a8::{LONGEST, MOST_INPUTS, Shape, quantize},
 };
-use crate::{Codes, Input};
+use crate::{CodedRows, Codes, Epilogue, Input};
 
 /// Whether quantized products take rows like `x` as codes, for a weight of these dimensions.
 pub(crate) fn reads_codes(x: &Input, weight: &[usize]) -> bool {
@@ -22,6 +27,57 @@ pub(crate) fn reads_codes(x: &Input, weight: &[usize]) -> bool {
         && [rows, outputs].iter().all(|n| (1..=LONGEST).contains(n))
         && (1..=MOST_INPUTS).contains(&inputs)
         && inputs.is_multiple_of(16)
+}
+
+/// The codes that the rows of `x` `[…, inputs]` become before a product that reads such.
+///
+/// # Errors
+/// Other dtypes than bf16 and f16; `inputs` that are no multiple of 8, or no groups for a rotation; whatever the driver refuses.
+pub(crate) fn coded(of: Codes, x: &Tensor) -> Result<CodedRows> {
+    match x.dtype() {
+        DType::BF16 => coded_from::<bf16>(of, x),
+        DType::F16 => coded_from::<f16>(of, x),
+        other => bail!("{of} linear: input {other:?}"),
+    }
+}
+
+fn coded_from<T: Half>(of: Codes, x: &Tensor) -> Result<CodedRows> {
+    let (dtype, dims) = (x.dtype(), x.dims().to_vec());
+    let inputs = dims.last().copied().unwrap_or(0);
+    let rows = x.elem_count() / inputs.max(1);
+    if !inputs.is_multiple_of(8) || of.with_inputs(inputs) != of || rows > LONGEST {
+        bail!("{of} linear: input {dims:?}");
+    }
+    let Device::Cuda(device) = x.device() else {
+        bail!("{of} linear: a product of the GPU was given a tensor of another device");
+    };
+    let stream = device.cuda_stream();
+    let x = aligned::<T>(&x.contiguous()?, device)?;
+    // SAFETY: plain numbers, and the kernel writes each before anything reads it.
+    let (mut codes, mut scales) =
+        unsafe { (device.alloc::<u8>(rows * inputs)?, device.alloc::<f32>(rows)?) };
+    if rows > 0 {
+        let x = x.storage_and_layout();
+        let (x, _x) = address::<T>(&x.0, x.1, &stream)?;
+        let (codes, _codes) = codes.device_ptr_mut(&stream);
+        let (scales, _scales) = scales.device_ptr_mut(&stream);
+        let epilogue = Epilogue::None;
+        let shape = Shape { rows, outputs: 0, inputs, dtype, epilogue, y_row: 0 };
+        // SAFETY: `address` held the rows to their memory, and the buffers have the lengths that `shape` says. All are
+        // ordered by `stream`.
+        unsafe { quantize(device, of, shape, x, (codes, scales))? };
+    }
+    let codes = tensor(codes, device, (rows, inputs));
+    Ok(CodedRows { of, codes, scales: tensor(scales, device, (rows, 1)), dtype, dims })
+}
+
+fn tensor<T: CudaDType + DeviceRepr>(
+    values: CudaSlice<T>,
+    device: &CudaDevice,
+    shape: (usize, usize),
+) -> Tensor {
+    let storage = Storage::Cuda(CudaStorage::wrap_cuda_slice(values, device.clone()));
+    Tensor::from_storage(storage, shape, BackpropOp::none(), false)
 }
 
 /// The rows and the width of an input that is numbers `[rows, inputs]`, or codes of the kind that is wanted.

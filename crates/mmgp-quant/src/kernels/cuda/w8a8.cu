@@ -28,10 +28,6 @@ template <> struct Half<__nv_bfloat16> {
     static __device__ __forceinline__ __nv_bfloat16 rounded(float v) { return __float2bfloat16_rn(v); }
 };
 
-static __device__ __forceinline__ float wide(float v) { return v; }
-static __device__ __forceinline__ float wide(__half v) { return __half2float(v); }
-static __device__ __forceinline__ float wide(__nv_bfloat16 v) { return __bfloat162float(v); }
-
 // Rows whose largest magnitude is below this count as zeros: its inverse must be finite.
 constexpr float LEAST = 1e-30f;
 // Vectors of 8 values that a thread keeps between finding the largest and writing the codes.
@@ -154,19 +150,11 @@ static __device__ __forceinline__ void quantize_rotated(
 
 // `codes[row] = x[row] / row_scales[row]` with the scale that makes the largest magnitude the largest code, a block a row. Rows of
 // zeros get codes and scale 0; rows with a NaN or an infinity get codes 0 and the scale NaN, so that all that
-// is computed from them is NaN. Blocks behind the rows widen the weight's scales for the product; where there are
-// none they are 1.
-template <typename Code, typename T, typename S>
+// is computed from them is NaN.
+template <typename Code, typename T>
 static __device__ __forceinline__ void quantize(
-    const T *__restrict__ x, uint8_t *__restrict__ codes, float *__restrict__ row_scales, int rows,
-    int inputs, const S *__restrict__ scales, float *__restrict__ wide_scales, int outputs
+    const T *__restrict__ x, uint8_t *__restrict__ codes, float *__restrict__ row_scales, int inputs
 ) {
-    if (blockIdx.x >= rows) {
-        const int step = (gridDim.x - rows) * blockDim.x;
-        for (int i = (blockIdx.x - rows) * blockDim.x + threadIdx.x; i < outputs; i += step)
-            wide_scales[i] = scales ? wide(scales[i]) : 1.f;
-        return;
-    }
     if constexpr (std::is_same<Code, RotatedInt8>::value) {
         quantize_rotated<T>(x, codes, row_scales, inputs);
         return;
@@ -384,18 +372,15 @@ static __device__ __forceinline__ void in_turn() {
 #endif
 }
 
-#define QUANTIZE_TO(NAME, CODE, T, S)                                                              \
-    extern "C" __global__ void NAME(                                                               \
-        const T *x, uint8_t *codes, float *row_scales, int rows, int inputs, const S *scales,      \
-        float *wide_scales, int outputs                                                            \
-    ) {                                                                                            \
+#define QUANTIZE_TO(NAME, CODE, T)                                                                 \
+    extern "C" __global__ void NAME(const T *x, uint8_t *codes, float *row_scales, int inputs) {   \
         in_turn();                                                                                 \
-        quantize<CODE, T, S>(x, codes, row_scales, rows, inputs, scales, wide_scales, outputs);    \
+        quantize<CODE, T>(x, codes, row_scales, inputs);                                           \
     }
-#define QUANTIZE(NAME, T, S)                                                                       \
-    QUANTIZE_TO(quantize_##NAME, Int8, T, S)                                                       \
-    QUANTIZE_TO(quantize_fp8_##NAME, Fp8, T, S)                                                    \
-    QUANTIZE_TO(quantize_rotated_int8_##NAME, RotatedInt8, T, S)
+#define QUANTIZE(NAME, T)                                                                          \
+    QUANTIZE_TO(quantize_##NAME, Int8, T)                                                          \
+    QUANTIZE_TO(quantize_fp8_##NAME, Fp8, T)                                                       \
+    QUANTIZE_TO(quantize_rotated_int8_##NAME, RotatedInt8, T)
 #define PRODUCT(NAME, T, GELU)                                                                     \
     extern "C" __global__ void __launch_bounds__(THREADS, 2) NAME(                                 \
         const int8_t *x, const float *x_scales, const int8_t *w, const float *w_scales,            \
@@ -405,12 +390,8 @@ static __device__ __forceinline__ void in_turn() {
         product<T, GELU>(x, x_scales, w, w_scales, bias, y, rows, outputs, inputs, y_row);         \
     }
 
-QUANTIZE(bf16_bf16, __nv_bfloat16, __nv_bfloat16)
-QUANTIZE(bf16_f16, __nv_bfloat16, __half)
-QUANTIZE(bf16_f32, __nv_bfloat16, float)
-QUANTIZE(f16_bf16, __half, __nv_bfloat16)
-QUANTIZE(f16_f16, __half, __half)
-QUANTIZE(f16_f32, __half, float)
+QUANTIZE(bf16, __nv_bfloat16)
+QUANTIZE(f16, __half)
 PRODUCT(w8a8_bf16, __nv_bfloat16, false)
 PRODUCT(w8a8_f16, __half, false)
 PRODUCT(w8a8_gelu_bf16, __nv_bfloat16, true)

@@ -6,11 +6,7 @@
 //! get equal bits wherever operands lie. Calls are queued on candle's stream and never synchronize the host.
 
 use candle_core::{
-    CudaDevice, DType, Device, Result, Tensor, bail,
-    cuda_backend::{
-        CudaDType,
-        cudarc::driver::{DevicePtrMut, DeviceRepr, LaunchConfig},
-    },
+    CudaDevice, DType, Device, Result, Tensor, bail, cuda_backend::cudarc::driver::LaunchConfig,
 };
 use half::{bf16, f16};
 
@@ -47,7 +43,7 @@ pub enum Int8Kernel {
 }
 
 /// `x · (codes · scales)ᵀ (+ bias)` as a fresh `[rows, outputs]` of `x`'s dtype: `x` `[rows, inputs]` bf16 or f16,
-/// `codes` U8 `[outputs, inputs]` (two's complement), `scales` bf16, f16 or f32 `[outputs, 1]` and `bias` `[outputs]` in
+/// `codes` U8 `[outputs, inputs]` (two's complement), `scales` f32 `[outputs, 1]` and `bias` `[outputs]` in
 /// `x`'s dtype are contiguous and on one device.
 ///
 /// A row of `x` becomes codes by its largest magnitude over 127, to nearest, ties to even; one that holds a NaN or an
@@ -104,20 +100,16 @@ pub(crate) fn w8a8_into(
     to: (Epilogue, &Tensor),
     kernel: Int8Kernel,
 ) -> Result<bool> {
-    match (x.dtype(), scales.dtype()) {
-        (DType::BF16, DType::BF16) => run::<bf16, bf16>(x, codes, scales, bias, to, kernel),
-        (DType::BF16, DType::F16) => run::<bf16, f16>(x, codes, scales, bias, to, kernel),
-        (DType::BF16, DType::F32) => run::<bf16, f32>(x, codes, scales, bias, to, kernel),
-        (DType::F16, DType::BF16) => run::<f16, bf16>(x, codes, scales, bias, to, kernel),
-        (DType::F16, DType::F16) => run::<f16, f16>(x, codes, scales, bias, to, kernel),
-        (DType::F16, DType::F32) => run::<f16, f32>(x, codes, scales, bias, to, kernel),
+    match x.dtype() {
+        DType::BF16 => run::<bf16>(x, codes, scales, bias, to, kernel),
+        DType::F16 => run::<f16>(x, codes, scales, bias, to, kernel),
         _ => Ok(false),
     }
 }
 
 /// The kernel that quantizes rows.
-pub(crate) fn quantize_name(to: Codes, dtype: DType, scale: DType) -> Result<String> {
-    Ok(format!("quantize_{}{}_{}", infix(to), short(dtype)?, short(scale)?))
+pub(crate) fn quantize_name(to: Codes, dtype: DType) -> Result<String> {
+    Ok(format!("quantize_{}{}", infix(to), short(dtype)?))
 }
 
 /// The product's name: of its kernel, or in errors.
@@ -129,7 +121,7 @@ pub(crate) fn w8a8_name(dtype: DType, epilogue: Epilogue) -> Result<String> {
     Ok(format!("w8a8_{behind}{}", short(dtype)?))
 }
 
-fn run<T: Half, S: CudaDType + DeviceRepr + 'static>(
+fn run<T: Half>(
     x: &Input,
     (of, codes): (Codes, &Tensor),
     scales: &Tensor,
@@ -160,16 +152,15 @@ fn run<T: Half, S: CudaDType + DeviceRepr + 'static>(
     if rows > LONGEST || outputs > LONGEST || inputs > MOST_INPUTS {
         return Ok(false);
     }
-    let (dtype, stored) = (x.dtype(), scales.dtype());
+    let dtype = x.dtype();
     let (x, codes) = (Operand::of::<T>(x, device)?, aligned::<u8>(codes, device)?);
+    let scales = aligned::<f32>(scales, device)?;
     let bias = bias.map(|bias| aligned::<T>(bias, device)).transpose()?;
     into::<T>(device, y, |y| {
         if y.row > LONGEST {
             return Ok(false);
         }
         let stream = device.cuda_stream();
-        // SAFETY: plain numbers, and a kernel writes each before another reads it.
-        let mut wide = unsafe { device.alloc::<f32>(outputs)? };
         let mut room = x.room(device, rows, inputs)?;
         // All stay locked until the product is queued.
         let (locked, codes) = (x.locked(), codes.storage_and_layout());
@@ -177,19 +168,18 @@ fn run<T: Half, S: CudaDType + DeviceRepr + 'static>(
             (scales.storage_and_layout(), bias.as_ref().map(Tensor::storage_and_layout));
         let x = locked.at::<T>(&mut room, &stream)?;
         let (w, _w) = address::<u8>(&codes.0, codes.1, &stream)?;
-        let (scales, _scales) = address::<S>(&scales.0, scales.1, &stream)?;
+        let (scales, _scales) = address::<f32>(&scales.0, scales.1, &stream)?;
         let (bias, _bias) = match &bias {
             Some(bias) => Some(address::<T>(&bias.0, bias.1, &stream)?).unzip(),
             None => (None, None),
         };
-        let (wide, _wide) = wide.device_ptr_mut(&stream);
         let shape = Shape { rows, outputs, inputs, dtype, epilogue, y_row: y.row };
         let at =
-            Addresses { x: x.codes, x_scales: x.scales, w, w_scales: wide, bias, y: y.address };
+            Addresses { x: x.codes, x_scales: x.scales, w, w_scales: scales, bias, y: y.address };
         // SAFETY: `address` and `into` held the operands to their memory, and they and the buffers have the lengths
         // that `shape` says. All lie on `stream`'s device and are ordered by it; the buffers overlap nothing.
         unsafe {
-            quantize(device, of, shape, (x.numbers, scales, stored), &at)?;
+            quantize(device, of, shape, x.numbers, (x.codes, x.scales))?;
             let done = kernel == Int8Kernel::Fastest && multiply_on_hopper(device, shape, &at)?;
             if !done {
                 multiply(device, shape, &at)?;
@@ -222,34 +212,31 @@ pub(super) struct Addresses {
     pub(super) y: u64,
 }
 
-/// Queues the quantization of rows, unless `x` is null, and the widening of the weight's scales.
+/// Queues the quantization of the rows at `x`, unless that is null: to codes, and a scale for each.
 ///
 /// # Safety
-/// `x` has `rows · inputs` values of the shape's dtype and begins at a multiple of 16 bytes, `scales` has `outputs`
-/// of its dtype or is null, which stands for ones, `inputs` is a multiple of 8 and of rotated groups, and `at` is what [`multiply`] wants. All are
-/// ordered by `device`'s stream.
+/// `x` has `rows · inputs` values of the shape's dtype and begins at a multiple of 16 bytes, `inputs` is a multiple of 8 and of
+/// rotated groups, there are so many codes and a scale for each row. All are ordered by `device`'s stream.
 pub(super) unsafe fn quantize(
     device: &CudaDevice,
     to: Codes,
-    Shape { rows, outputs, inputs, dtype, .. }: Shape,
-    (x, scales, stored): (u64, u64, DType),
-    at: &Addresses,
+    Shape { rows, inputs, dtype, .. }: Shape,
+    x: u64,
+    (codes, scales): (u64, u64),
 ) -> Result<()> {
-    let kernel = KERNELS.function(device, &quantize_name(to, dtype, stored)?)?;
-    let rows = if x == NULL { 0 } else { rows };
+    if x == NULL {
+        return Ok(());
+    }
+    let kernel = KERNELS.function(device, &quantize_name(to, dtype)?)?;
     let threads = inputs.div_ceil(KEPT).next_multiple_of(32).min(1024);
-    let blocks = rows + outputs.div_ceil(threads);
     let config = LaunchConfig {
-        grid_dim: (blocks as u32, 1, 1),
+        grid_dim: (rows as u32, 1, 1),
         block_dim: (threads as u32, 1, 1),
         shared_mem_bytes: 0,
     };
-    let (rows, inputs, outputs) = (rows as i32, inputs as i32, outputs as i32);
-    let stream = device.cuda_stream();
-    let all: [&dyn Parameter; 8] =
-        [&x, &at.x, &at.x_scales, &rows, &inputs, &scales, &at.w_scales, &outputs];
+    let inputs = inputs as i32;
     // SAFETY: the parameters are those of the kernel of this name, and the caller upholds their lengths.
-    unsafe { kernel.launch(&stream, config, &all) }
+    unsafe { kernel.launch(&device.cuda_stream(), config, &[&x, &codes, &scales, &inputs]) }
 }
 
 /// Queues the product by `mma.sync`.
