@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     chart,
-    row::{BAR, Row},
+    row::{BAR, BOUND, PLAN, Row},
     rows::{Form, Way},
 };
 
@@ -201,7 +201,8 @@ impl Results {
         let over = self.rows.iter().filter(|r| r.over_its_bar()).count();
         let _ = writeln!(
             out,
-            "\n{} of {} rows within {BAR} of their schedule (others are marked; each is the median of three).",
+            "\n{} of {} rows within {BAR} of their schedule, {PLAN} of the best plan and {BOUND} of the bound where resident step and \
+             copies differ by more than a quarter (others are marked; each is the median of three).",
             self.rows.len() - over,
             self.rows.len()
         );

@@ -9,8 +9,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::rows::Form;
 
-/// A row whose step takes more than this many times its schedule is measured twice more.
+/// A row is measured twice more where its step takes more than this many times its schedule, ...
 pub(crate) const BAR: f64 = 1.03;
+/// ... its schedule more than this many times the best that a longer search finds, ...
+pub(crate) const PLAN: f64 = 1.01;
+/// ... or its step more than this many times the bound, where resident step and copies differ by more than a quarter.
+pub(crate) const BOUND: f64 = 1.05;
 
 /// A row as it stands in `gpu.json`; bytes, seconds and bytes moved are of one step unless said.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -103,16 +107,26 @@ impl Pass {
 impl Row {
     /// Whether the row must be measured again.
     pub(crate) fn over_its_bar(&self) -> bool {
-        self.schedule_ratio.is_some_and(|ratio| ratio > BAR)
+        self.nearest_bar() > 1.
     }
 
-    /// Of three measurements of one row the one in the middle by ratio to the schedule, with the largest
+    /// The largest of the row's ratios, each as a part of what it may be.
+    fn nearest_bar(&self) -> f64 {
+        let plan = self.schedule_s.zip(self.schedule_best_s).map(|(plan, best)| plan / best);
+        let copies = self.link_gb_s.map_or(0., |link| self.streamed_bytes as f64 / (link * 1e9));
+        let apart = !(0.8..=1.25).contains(&(copies / self.resident_s));
+        let bars = [
+            self.schedule_ratio.map(|ratio| ratio / BAR),
+            plan.map(|ratio| ratio / PLAN),
+            apart.then_some(self.ratio / BOUND),
+        ];
+        bars.into_iter().flatten().fold(0., f64::max)
+    }
+
+    /// Of three measurements of one row the one in the middle by how near it came to a bar, with the largest
     /// peaks; the bytes must be the same in all.
     pub(crate) fn median(mut all: Vec<Self>) -> Option<Self> {
-        all.sort_by(|a, b| {
-            let key = |row: &Row| row.schedule_ratio.unwrap_or(row.ratio);
-            key(a).total_cmp(&key(b))
-        });
+        all.sort_by(|a, b| a.nearest_bar().total_cmp(&b.nearest_bar()));
         let mut row = all.get(all.len() / 2)?.clone();
         row.same_bytes = all.iter().all(|r| r.same_bytes);
         row.peak_vram_bytes = all.iter().filter_map(|r| r.peak_vram_bytes).max();
@@ -174,7 +188,7 @@ pub(crate) mod tests {
             stall_s: 0.,
             same_bytes: true,
             schedule_ratio: Some(step_s / 0.4),
-            schedule_best_s: Some(0.39),
+            schedule_best_s: Some(0.399),
             own_ms: 0.4,
             host_ms: 0.5,
             slots: 2,
@@ -207,8 +221,15 @@ pub(crate) mod tests {
     fn a_row_over_its_bar_counts_with_the_median_of_three() {
         assert!(!row(Some(4.), 0.41).over_its_bar());
         assert!(row(Some(4.), 0.42).over_its_bar());
-        let none = Row { schedule_ratio: None, ..row(Some(4.), 9.) };
+        let none = Row { schedule_ratio: None, ..row(Some(4.), 0.42) };
         assert!(!none.over_its_bar());
+        // The bound, unless copies take about as long as the resident step.
+        assert!(Row { ratio: 1.06, ..none.clone() }.over_its_bar());
+        assert!(!Row { ratio: 1.06, resident_s: 0.35, ..none.clone() }.over_its_bar());
+        assert!(Row { ratio: 1.06, streamed_bytes: 0, ..none.clone() }.over_its_bar());
+        // The plan.
+        assert!(!Row { schedule_best_s: Some(0.3965), ..none.clone() }.over_its_bar());
+        assert!(Row { schedule_best_s: Some(0.395), ..none }.over_its_bar());
 
         let mut all = vec![row(Some(4.), 0.5), row(Some(4.), 0.41), row(Some(4.), 0.43)];
         all[1].peak_vram_bytes = Some(9);
