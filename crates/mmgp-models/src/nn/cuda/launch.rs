@@ -339,7 +339,7 @@ fn addressed<R>(
 }
 
 /// Where the values that `layout` shows of a storage begin, held to the memory that it has.
-fn address<'a, T: CudaDType + DeviceRepr>(
+fn address<'a, T: CudaDType + DeviceRepr + 'static>(
     storage: &'a CudaStorage,
     layout: &Layout,
     stream: &'a CudaStream,

@@ -179,8 +179,8 @@ fn run<T: Half>(
         let mut room = x.room(device, rows, inputs)?;
         // All stay locked until the product is queued.
         let (locked, codes) = (x.locked(), codes.storage_and_layout());
-        let locks = |tensor: &Option<Tensor>| tensor.as_ref().map(Tensor::storage_and_layout);
-        let (scales, bias) = (locks(&scales), locks(&bias));
+        let scales = scales.as_ref().map(Tensor::storage_and_layout);
+        let bias = bias.as_ref().map(Tensor::storage_and_layout);
         let x = locked.at::<T>(&mut room, &stream)?;
         let (w, _w) = address::<u8>(&codes.0, codes.1, &stream)?;
         let (of_outputs, _of_outputs) = match (&scales, &ones) {
