@@ -9,23 +9,15 @@ use candle_core::{
     cuda_backend::{
         WrapErr,
         cudarc::driver::CudaContext,
-        kernels::{AFFINE, CAST, FILL, INDEXING, Module, REDUCE, TERNARY, UNARY},
+        kernels::{AFFINE, CAST, FILL, Module},
     },
 };
 
 use crate::compilers;
 
-/// What pictures and videos need, what takes longest first. Sums, which would take three times as long as any of these, have kernels
-/// of ours ([`add`](mmgp_models::nn::add)).
-const USED: [(&str, &Module); 7] = [
-    ("unary", &UNARY),
-    ("indexing", &INDEXING),
-    ("reduce", &REDUCE),
-    ("cast", &CAST),
-    ("ternary", &TERNARY),
-    ("fill", &FILL),
-    ("affine", &AFFINE),
-];
+/// What all models need. What would take longer has kernels of ours (in [`nn`](mmgp_models::nn)), but for the decoder of
+/// CogVideoX, whose products of tensors are compiled when they are used.
+const USED: [(&str, &Module); 3] = [("cast", &CAST), ("fill", &FILL), ("affine", &AFFINE)];
 
 /// What the driver is to compile: what a note that it did so is about.
 pub(crate) fn sources() -> Vec<&'static [u8]> {

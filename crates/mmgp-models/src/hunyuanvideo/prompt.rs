@@ -6,7 +6,7 @@
 
 use candle_core::Tensor;
 
-use crate::{Error, Result};
+use crate::{Error, Result, nn::contiguous};
 
 /// Tokens of what stands before the prompt, the start token included: their states are dropped.
 pub const CROP: usize = 95;
@@ -48,7 +48,7 @@ pub fn crop(states: &Tensor, mask: &[Vec<u32>]) -> Result<(Tensor, Vec<usize>)> 
     let lengths = lengths(mask)?.into_iter().map(|n| n.checked_sub(CROP).filter(|&n| n > 0));
     match (lengths.collect::<Option<Vec<_>>>(), tokens.checked_sub(CROP)) {
         (Some(lengths), Some(kept)) if lengths.iter().all(|&n| n <= kept) => {
-            Ok((states.narrow(1, CROP, kept)?.contiguous()?, lengths))
+            Ok((contiguous(&states.narrow(1, CROP, kept)?)?, lengths))
         }
         _ => Err(Error::Input(format!(
             "hunyuanvideo: a prompt stands behind {CROP} tokens, this text has states of {tokens} and \

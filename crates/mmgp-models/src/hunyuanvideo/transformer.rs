@@ -15,7 +15,7 @@ use crate::{
     hunyuanvideo::{EPS, HunyuanVideoConfig, RefinerBlock, refiner},
     nn::{
         Activation, DoubleBlock, Heads, Joint, Mlp, Patch, PatchConv, Rope, SingleBlock, TextPlace,
-        add, layer_norm_modulated, timestep_embedding,
+        add, contiguous, layer_norm_modulated, timestep_embedding,
     },
 };
 
@@ -303,7 +303,7 @@ impl Stem {
         let latents = inputs.hidden_states.to_dtype(self.compute)?.transpose(1, 2)?;
         Ok(Embedded {
             video: self.patches.forward(&self.patch.cut(&latents)?)?,
-            text: self.text.forward(&text.to_dtype(self.compute)?.contiguous()?)?,
+            text: self.text.forward(&contiguous(&text.to_dtype(self.compute)?)?)?,
             activated: SharedInput::new(Activation::Silu.apply(&vector)?),
             refining: SharedInput::new(Activation::Silu.apply(&refining)?),
         })
@@ -321,7 +321,7 @@ impl Stem {
         let shift = modulation.narrow(1, self.hidden, self.hidden)?;
         let y = layer_norm_modulated(video, &scale, &shift, EPS)?;
         let y = self.patch.join(&self.proj_out.forward(&y)?, grid)?;
-        y.transpose(1, 2)?.contiguous()?.to_dtype(DType::F32)
+        contiguous(&y.transpose(1, 2)?)?.to_dtype(DType::F32)
     }
 }
 

@@ -11,6 +11,7 @@ use mmgp_residency::{ModelBuilder, Paged};
 use super::{HunyuanVideoVaeConfig, vae_parts::Decoder};
 use crate::{
     Error, Result,
+    nn::contiguous,
     vae::tiling::{Side, blend, in_tiles},
 };
 
@@ -149,7 +150,7 @@ impl HunyuanVideoDecoder {
                 kept = times.kept;
             }
             before = Some(times.edge(&x, 2)?);
-            each(x.narrow(2, 0, kept.min(x.dim(2)?))?.contiguous()?)?;
+            each(contiguous(&x.narrow(2, 0, kept.min(x.dim(2)?))?)?)?;
         }
         Ok(())
     }
@@ -161,7 +162,8 @@ impl HunyuanVideoDecoder {
 
     /// One tile.
     fn run(&self, latents: &Tensor) -> Result<Tensor> {
-        let z = (latents.to_dtype(DType::F32)?.contiguous()? / self.config.scaling_factor)?;
+        let z = contiguous(&latents.to_dtype(DType::F32)?)?;
+        let z = (z / self.config.scaling_factor)?;
         let mut x = z.to_dtype(self.compute)?;
         let pass = self.model.pass()?;
         for i in 0..self.steps {

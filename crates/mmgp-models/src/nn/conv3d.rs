@@ -8,7 +8,7 @@
 use candle_core::{Result, Tensor};
 use mmgp_quant::Weights;
 
-use crate::nn::{Conv2d, Window};
+use crate::nn::{Conv2d, Window, contiguous};
 
 /// A convolution with bias over frames, of stride 1 in time.
 #[derive(Debug)]
@@ -62,7 +62,7 @@ impl Conv3d {
             let seen = self.frames(x, past, frame, taps)?;
             let y = conv.forward(&seen.reshape((batch, inputs * taps, height, width))?)?;
             drop(seen);
-            let y = y.unsqueeze(2)?.contiguous()?;
+            let y = contiguous(&y.unsqueeze(2)?)?;
             if frames == 1 {
                 return Ok(y);
             }
@@ -108,7 +108,7 @@ impl Conv3d {
             }
         }
         if from >= before {
-            return x.narrow(2, from - before, count)?.contiguous();
+            return contiguous(&x.narrow(2, from - before, count)?);
         }
         let old = before.min(from + count) - from;
         let old = match past {
@@ -119,8 +119,11 @@ impl Conv3d {
             }
         };
         match count - old.dim(2)? {
-            0 => old.contiguous(),
-            new => Tensor::cat(&[&old, &x.narrow(2, 0, new)?], 2),
+            0 => contiguous(&old),
+            new => {
+                let new = contiguous(&x.narrow(2, 0, new)?)?;
+                Tensor::cat(&[&contiguous(&old)?, &new], 2)
+            }
         }
     }
 }

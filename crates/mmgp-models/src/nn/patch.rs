@@ -4,7 +4,7 @@
 use candle_core::{Result, Tensor};
 use mmgp_quant::{Bias, Weights};
 
-use crate::nn::add;
+use crate::nn::{add, contiguous};
 
 /// How latents are cut: `frames` × `side` × `side` values of each channel make a patch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,10 +34,12 @@ impl Patch {
             candle_core::bail!("patches: {:?} in {self:?}", x.dims());
         }
         let (f, h, w) = (frames / t, height / p, width / p);
-        x.reshape(vec![batch, f, t, channels, h, p, w, p])?
-            .permute([0, 1, 4, 6, 3, 2, 5, 7])?
-            .contiguous()?
-            .reshape((batch, f * h * w, self.values(channels)))
+        let parts = x.reshape(vec![batch, f, t, channels, h, p, w, p])?;
+        contiguous(&parts.permute([0, 1, 4, 6, 3, 2, 5, 7])?)?.reshape((
+            batch,
+            f * h * w,
+            self.values(channels),
+        ))
     }
 
     /// What [`Patch::cut`] undoes: `grid` is the patches in frames, rows and columns.
@@ -48,10 +50,14 @@ impl Patch {
         let (batch, _, values) = x.dims3()?;
         let (t, p) = (self.frames, self.side);
         let channels = values / self.values(1).max(1);
-        x.reshape(vec![batch, f, h, w, channels, t, p, p])?
-            .permute([0, 1, 5, 4, 2, 6, 3, 7])?
-            .contiguous()?
-            .reshape((batch, f * t, channels, h * p, w * p))
+        let parts = x.reshape(vec![batch, f, h, w, channels, t, p, p])?;
+        contiguous(&parts.permute([0, 1, 5, 4, 2, 6, 3, 7])?)?.reshape((
+            batch,
+            f * t,
+            channels,
+            h * p,
+            w * p,
+        ))
     }
 }
 

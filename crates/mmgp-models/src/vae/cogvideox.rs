@@ -19,6 +19,7 @@ pub use super::tiling::Tiling;
 use crate::{
     Error, Result,
     config::{Check, WIDTH},
+    nn::contiguous,
 };
 
 /// Latent frames that are decoded together.
@@ -254,7 +255,7 @@ impl CogVideoXDecoder {
         }
         let mut pasts = vec![Past::new(); self.steps];
         for frames in batches(frames) {
-            let z = latents.narrow(2, frames.start, frames.len())?.contiguous()?;
+            let z = contiguous(&latents.narrow(2, frames.start, frames.len())?)?;
             let z = (z.to_dtype(DType::F32)? / self.config.scaling_factor)?;
             let z = z.to_dtype(self.compute)?;
             let mut x = z.clone();

@@ -11,7 +11,7 @@ use candle_core::{Result, Tensor};
 use mmgp_quant::Weights;
 
 use crate::{
-    nn::{Conv2d, Conv3d, GroupNorm, Window, add, spread_affine_silu},
+    nn::{Conv2d, Conv3d, GroupNorm, Window, add, contiguous, spread_affine_silu},
     vae::cogvideox::CogVideoXVaeConfig,
 };
 
@@ -231,8 +231,8 @@ impl Double {
         let mut out: Option<Tensor> = None;
         for frame in 0..frames {
             // A frame that comes twice is convolved once.
-            let y = self.conv.forward(&x.narrow(2, frame, 1)?.squeeze(2)?.contiguous()?)?;
-            let y = y.unsqueeze(2)?.contiguous()?;
+            let y = self.conv.forward(&contiguous(&x.narrow(2, frame, 1)?.squeeze(2)?)?)?;
+            let y = contiguous(&y.unsqueeze(2)?)?;
             let out = match &out {
                 Some(out) => out,
                 None => {

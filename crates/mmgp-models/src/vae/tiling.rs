@@ -10,6 +10,7 @@ use candle_core::Tensor;
 
 use crate::{
     Error, Result,
+    nn::contiguous,
     vae::{cogvideox::CogVideoXVaeConfig, spool::Spool},
 };
 
@@ -115,7 +116,7 @@ pub(crate) fn in_tiles(
 
 fn cut(x: &Tensor, rows: &Range<usize>, columns: &Range<usize>) -> Result<Tensor> {
     let line = x.narrow(3, rows.start, rows.len())?;
-    Ok(line.narrow(4, columns.start, columns.len())?.contiguous()?)
+    Ok(contiguous(&line.narrow(4, columns.start, columns.len())?)?)
 }
 
 /// What the tiles of something of `size` make together, `height` rows of it, blended from the first row
@@ -148,9 +149,9 @@ fn joined(
                 _ => above[j] = rows.edge(&tile, 3)?,
             }
             let kept = tile.narrow(3, 0, rows.kept.min(tile.dim(3)?))?;
-            line.push(kept.narrow(4, 0, columns.kept.min(tile.dim(4)?))?.contiguous()?);
+            line.push(contiguous(&kept.narrow(4, 0, columns.kept.min(tile.dim(4)?))?)?);
         }
-        let line = Tensor::cat(&line, 4)?.contiguous()?;
+        let line = contiguous(&Tensor::cat(&line, 4)?)?;
         let out = match &out {
             Some(out) => out,
             None => {
@@ -259,7 +260,10 @@ pub(crate) fn blend(edge: &Tensor, tile: Tensor, dim: usize) -> Result<Tensor> {
     let mixed = (old + new)?;
     match size - count {
         0 => Ok(mixed),
-        rest => Ok(Tensor::cat(&[&mixed, &tile.narrow(dim, count, rest)?], dim)?.contiguous()?),
+        rest => {
+            let rest = contiguous(&tile.narrow(dim, count, rest)?)?;
+            Ok(contiguous(&Tensor::cat(&[&mixed, &rest], dim)?)?)
+        }
     }
 }
 

@@ -83,12 +83,22 @@ argument! {
 /// A number for each of the axes that a tensor may have.
 pub(super) type Axes = [u64; 6];
 
-/// `layout`'s dimensions and strides, behind those of axes that it does not have; `None` for more axes than kernels know.
+/// `layout`'s dimensions and strides, neighbours that lie as one axis joined, behind those of axes that it does not have; `None`
+/// for more axes than kernels know.
 pub(super) fn axes(layout: &Layout) -> Option<[Axes; 2]> {
+    let mut joined: Vec<(u64, u64)> = Vec::new();
+    for (&n, &stride) in layout.dims().iter().zip(layout.stride()) {
+        let (n, stride) = (n as u64, stride as u64);
+        match joined.last_mut() {
+            _ if n == 1 => {}
+            Some(last) if last.1 == n * stride => *last = (last.0 * n, stride),
+            _ => joined.push((n, stride)),
+        }
+    }
     let (mut dims, mut strides): (Axes, Axes) = ([1; 6], [0; 6]);
-    let ones = dims.len().checked_sub(layout.dims().len())?;
-    for (at, (&n, &stride)) in layout.dims().iter().zip(layout.stride()).enumerate() {
-        (dims[ones + at], strides[ones + at]) = (n as u64, stride as u64);
+    let ones = dims.len().checked_sub(joined.len())?;
+    for (at, (n, stride)) in joined.into_iter().enumerate() {
+        (dims[ones + at], strides[ones + at]) = (n, stride);
     }
     Some([dims, strides])
 }
@@ -496,6 +506,24 @@ mod tests {
         assert_eq!(strides(&x.flatten_all()?)?, (1, 1, 48, 0, 0, Some(0)));
         let per_item = PerItem::of(&x.narrow(0, 1, 1)?.flatten(0, 1)?.narrow(1, 2, 4)?)?;
         assert_eq!(per_item.item, 8);
+        Ok(())
+    }
+
+    #[test]
+    fn axes_that_lie_as_one_are_one() -> Result<()> {
+        let x = Tensor::zeros((2, 3, 4, 5), DType::F32, &Device::Cpu)?;
+        let of = |x: &Tensor| axes(x.layout());
+        assert_eq!(of(&x), Some([[1, 1, 1, 1, 1, 120], [0, 0, 0, 0, 0, 1]]));
+        assert_eq!(of(&x.transpose(1, 2)?), Some([[1, 1, 2, 4, 3, 5], [0, 0, 60, 5, 20, 1]]));
+        assert_eq!(of(&x.narrow(1, 1, 2)?), Some([[1, 1, 1, 1, 2, 40], [0, 0, 0, 0, 60, 1]]));
+        let row = x.flatten_all()?.narrow(0, 0, 5)?.broadcast_as((6, 7, 5))?;
+        assert_eq!(of(&row), Some([[1, 1, 1, 1, 42, 5], [0, 0, 0, 0, 0, 1]]));
+        let one = x.flatten_all()?.narrow(0, 3, 1)?;
+        assert_eq!(of(&one), Some([[1; 6], [0; 6]]));
+        let apart = x.reshape(vec![2, 1, 3, 2, 2, 1, 5])?.permute(vec![6, 4, 3, 2, 1, 0, 5])?;
+        assert_eq!(of(&apart), Some([[1, 5, 2, 2, 3, 2], [0, 1, 5, 10, 20, 60]]));
+        let many = Tensor::zeros(vec![2; 7], DType::F32, &Device::Cpu)?;
+        assert_eq!(of(&many.permute(vec![6, 5, 4, 3, 2, 1, 0])?), None);
         Ok(())
     }
 
