@@ -11,7 +11,7 @@ use candle_core::{Device, Result, Tensor};
 use super::{
     cudnn::Convolution,
     launch::{Element, Fresh, held_to},
-    shape::{Grid, Pixels, countable},
+    shape::{Grid, Pixels, contiguous, countable},
 };
 use crate::nn::{Window, conv::Padding};
 
@@ -39,7 +39,7 @@ pub(super) fn convolve<T: Element>(
     if !fits || window.kernel == 1 || batch * outputs * size.0 * size.1 == 0 {
         return Ok(None);
     }
-    let (x, weight) = (x.contiguous()?, weight.contiguous()?);
+    let (x, weight) = (contiguous(x)?, contiguous(weight)?);
     held_to::<T>(&[Some(&x), Some(&weight), Some(bias)])?;
     let [batch, inputs, height, width, outputs, tall, broad, kernel, stride] =
         [batch, inputs, height, width, outputs, size.0, size.1, window.kernel, window.stride]

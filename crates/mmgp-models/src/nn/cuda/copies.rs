@@ -4,7 +4,7 @@ use candle_core::{DType, Result, Tensor, bail};
 
 use super::{
     launch::{Element, Fresh, by_dtype, held_to},
-    shape::{Gather, Grid, Look, axes, countable},
+    shape::{self, Gather, Grid, Look, axes, countable},
 };
 
 /// `x` with its values side by side; `None` for more than six axes.
@@ -35,7 +35,7 @@ fn looked<T: Element>(table: &Tensor, ids: &Tensor) -> Result<Tensor> {
     if ids.dtype() != DType::U32 {
         bail!("look: ids in {:?}", ids.dtype());
     }
-    let (table, ids) = (table.contiguous()?, ids.contiguous()?);
+    let (table, ids) = (shape::contiguous(table)?, ids.contiguous()?);
     held_to::<T>(&[Some(&table)])?;
     let [lines, width, rows] = [lines, width, rows].map(|n| n as u64);
     countable(rows.max(lines), width)?;

@@ -11,7 +11,7 @@ use mmgp_quant::{Epilogue, Linear};
 use super::{
     Norm, attention_enabled, cudnn, enabled,
     launch::{Element, Fresh, Place, by_dtype, held_to},
-    shape::{Grid, Lines, Rows, Turn, countable},
+    shape::{Grid, Lines, Rows, Turn, contiguous, countable},
 };
 use crate::nn::{HeadRows, Heads, Projected, RmsNorm, Rope, rope::Pairs};
 
@@ -345,7 +345,7 @@ pub(crate) fn merge(x: &Tensor) -> Result<Tensor> {
 
 fn merged<T: Element>(x: &Tensor) -> Result<Tensor> {
     let (batch, heads, tokens, dim) = x.dims4()?;
-    let x = if x.stride()[3] == 1 || dim <= 1 { x.clone() } else { x.contiguous()? };
+    let x = if x.stride()[3] == 1 || dim <= 1 { x.clone() } else { contiguous(x)? };
     let stride = |at: usize| if x.dims()[at] > 1 { x.stride()[at] as u64 } else { 0 };
     let (item, head, token) = (stride(0), stride(1), stride(2));
     let [items, count, of_item, width] = [batch, heads, tokens, dim].map(|n| n as u64);

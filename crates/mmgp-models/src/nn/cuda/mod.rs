@@ -386,7 +386,7 @@ pub(crate) fn add(x: &Tensor, y: &Tensor, factor: f64) -> Result<Option<Tensor>>
 }
 
 fn added<T: Element>(x: &Tensor, y: &Tensor, factor: f64) -> Result<Option<Tensor>> {
-    let x = x.contiguous()?;
+    let x = shape::contiguous(x)?;
     let alike = y.dims() == x.dims() && y.is_contiguous();
     let y = y.broadcast_as(x.dims())?;
     let Some([dims, strides]) = axes(y.layout()) else { return Ok(None) };
@@ -620,7 +620,7 @@ impl Told {
 }
 
 fn group_norm<T: Element>(norm: &GroupNorm<'_>, x: &Tensor) -> Result<Tensor> {
-    let x = x.contiguous()?;
+    let x = shape::contiguous(x)?;
     let size = norm.sized::<T>(x.dims())?;
     let mut out = Fresh::<T>::new(&x, x.elem_count() as u64)?;
     if x.elem_count() > 0 {

@@ -71,10 +71,7 @@ pub fn self_test_flash(device: &CudaDevice) -> Result<()> {
 /// # Errors
 /// [`Error::Kernel`] where it computes something else; [`Error::Candle`] where it does not run.
 pub fn self_test_attention(device: &CudaDevice) -> Result<()> {
-    for dtype in [DType::BF16, DType::F16] {
-        On { device, dtype }.whole_attention()?;
-    }
-    Ok(())
+    side_by_side(|dtype| On { device, dtype }.whole_attention())
 }
 
 /// Runs cuDNN's convolution and compares with the CPU; as [`self_test_attention`].
@@ -82,10 +79,18 @@ pub fn self_test_attention(device: &CudaDevice) -> Result<()> {
 /// # Errors
 /// Those of [`self_test_attention`].
 pub fn self_test_convolution(device: &CudaDevice) -> Result<()> {
-    for dtype in [DType::BF16, DType::F16] {
-        On { device, dtype }.convolutions()?;
-    }
-    Ok(())
+    side_by_side(|dtype| On { device, dtype }.convolutions())
+}
+
+/// `test` for both dtypes at once, as the library compiles kernels for each.
+fn side_by_side(test: impl Fn(DType) -> Result<()> + Sync) -> Result<()> {
+    std::thread::scope(|scope| {
+        let test = &test;
+        let other = scope.spawn(move || test(DType::F16));
+        let first = test(DType::BF16);
+        let panicked = |_| Err(Error::Invalid("a self-test panicked".into()));
+        first.and(other.join().unwrap_or_else(panicked))
+    })
 }
 
 /// What a result may differ by.
@@ -332,9 +337,10 @@ impl On<'_> {
         let b = self.values(&[2, keys, wide + 2 * narrow], 2)?;
         // Within the rows of a projection, the keys not to their end.
         let parts = |a: &Tensor, b: &Tensor| {
+            // Views: a copy would be the library's, whose kernels are compiled first.
             let split = |t: &Tensor, first: usize, count: usize| {
-                let t = t.narrow(2, first, count * dim)?;
-                t.reshape((2, t.dim(1)?, count, dim))?.transpose(1, 2)
+                let heads = t.reshape((2, t.dim(1)?, t.dim(2)? / dim, dim))?;
+                heads.narrow(2, first / dim, count)?.transpose(1, 2)
             };
             let used = keys - keys / 4;
             let (k, v) = (split(b, wide, groups)?, split(b, wide + narrow, groups)?);

@@ -174,6 +174,22 @@ pub(super) fn query_bytes(width: u64) -> u32 {
     (QUERIES * width * 2) as u32
 }
 
+/// `t`, or a copy of it whose values lie side by side: on GPUs by the kernel, since the library's would be compiled first.
+pub(super) fn contiguous(t: &Tensor) -> Result<Tensor> {
+    if t.is_contiguous() { Ok(t.clone()) } else { copied(t) }
+}
+
+/// A copy of `t` whose values lie side by side.
+pub(super) fn copied(t: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if !t.is_contiguous()
+        && let Some(copy) = super::copies::contiguous(t)?
+    {
+        return Ok(copy);
+    }
+    t.force_contiguous()
+}
+
 /// `t` where its rows are vectors of `each` values that begin where vectors may: as it is, or a copy.
 pub(super) fn vectors(t: &Tensor, each: u64) -> Result<Tensor> {
     let each = each as usize;
@@ -182,7 +198,7 @@ pub(super) fn vectors(t: &Tensor, each: u64) -> Result<Tensor> {
     let regular = *last == 1
         && t.layout().start_offset().is_multiple_of(each)
         && apart.all(|(&n, stride)| n == 1 || (*stride > 0 && stride.is_multiple_of(each)));
-    if regular { Ok(t.clone()) } else { t.force_contiguous() }
+    if regular { Ok(t.clone()) } else { copied(t) }
 }
 
 /// Blocks of a grid and threads of a block, along x and y.
@@ -274,8 +290,8 @@ impl Lines {
         let width = x.dims().last().copied().unwrap_or(1);
         let tensor = match x.rank() {
             3 if x.stride()[2] == 1 || width <= 1 => x.clone(),
-            3 => x.contiguous()?,
-            _ => x.contiguous()?.reshape((1, x.elem_count() / width.max(1), width))?,
+            3 => contiguous(x)?,
+            _ => contiguous(x)?.reshape((1, x.elem_count() / width.max(1), width))?,
         };
         let (items, tokens, width) = tensor.dims3()?;
         let stride = |dim: usize, of: usize| if of > 1 { tensor.stride()[dim] as u64 } else { 0 };
@@ -310,7 +326,7 @@ pub(super) struct PerItem {
 impl PerItem {
     pub(super) fn of(x: &Tensor) -> Result<Self> {
         let (items, width) = x.dims2()?;
-        let tensor = if x.stride()[1] == 1 || width <= 1 { x.clone() } else { x.contiguous()? };
+        let tensor = if x.stride()[1] == 1 || width <= 1 { x.clone() } else { contiguous(x)? };
         let item = if items > 1 { tensor.stride()[0] as u64 } else { 0 };
         Ok(Self { tensor, item })
     }
@@ -344,7 +360,7 @@ impl Flat {
         let (lines, step) = match lines.step() {
             Some(step) => (lines, step),
             None => {
-                let lines = Lines::of(&x.contiguous()?)?;
+                let lines = Lines::of(&contiguous(x)?)?;
                 let step = lines.width;
                 (lines, step)
             }

@@ -7,7 +7,7 @@ use candle_core::{
 
 use super::{
     launch::{Element, Place, by_dtype, held_to},
-    shape::{Grid, Softmax, countable},
+    shape::{Grid, Softmax, contiguous, countable},
 };
 
 /// softmax(scores · scale + biases) over the last dimension of scores `[batch, heads, queries, keys]`, contiguous, in their
@@ -40,7 +40,7 @@ fn run<T: Element>(of: &Softmaxed<'_>, storage: &mut CudaStorage, layout: &Layou
     for bias in of.biases {
         let bias = bias.broadcast_as(layout.shape())?;
         let apart = bias.stride()[3] != 1 && width > 1;
-        biases.push(if apart { bias.contiguous()? } else { bias });
+        biases.push(if apart { contiguous(&bias)? } else { bias });
     }
     let inputs = [biases.first(), biases.get(1)];
     held_to::<T>(&inputs)?;
