@@ -4,9 +4,9 @@
 use std::path::Path;
 use std::{fmt, path::PathBuf, str::FromStr};
 
-#[cfg(feature = "cuda")]
-use candle_core::CudaDevice;
 use candle_core::Device;
+#[cfg(feature = "cuda")]
+use candle_core::{CudaDevice, DType};
 use mmgp_models::Activations;
 use mmgp_profiles::Hardware;
 use mmgp_residency::{Bytes, Error, Pager};
@@ -211,11 +211,14 @@ fn enable_tested(
         parts.push(Part { rank: Rank::Alone, ..part("products in fp8", about, test, enable) });
     }
     if cudnn {
-        let about = |what| vec![what, &version[..], kernels];
-        let (test, enable): (Test, Enable) = (nn::self_test_attention, nn::enable_attention);
-        parts.push(part("cuDNN's attention", about(b"attention"), test, enable));
-        let (test, enable): (Test, Enable) = (nn::self_test_convolution, nn::enable_convolution);
-        parts.push(part("cuDNN's convolution", about(b"convolution"), test, enable));
+        let about = |what: &'static [u8]| vec![what, &version[..], kernels];
+        // In what a GPU computes in here alone: the library compiles kernels for each.
+        let test: Test = |device| nn::self_test_attention(device, DType::BF16);
+        let about_it = about(b"attention in bf16");
+        parts.push(part("cuDNN's attention", about_it, test, nn::enable_attention as Enable));
+        let test: Test = |device| nn::self_test_convolution(device, DType::BF16);
+        let about_it = about(b"convolution in bf16");
+        parts.push(part("cuDNN's convolution", about_it, test, nn::enable_convolution as Enable));
     }
     let results: Vec<TestResult> = std::thread::scope(|scope| {
         let test = |part: &Part<'_>| {

@@ -507,7 +507,8 @@ fn cuda_nn_attention_holds_no_scores() {
         Ok(version) => println!("cuDNN {version}"),
         Err(why) => panic!("no cuDNN: {why}"),
     }
-    cuda::self_test_attention(&device).unwrap();
+    cuda::self_test_attention(&device, DType::BF16).unwrap();
+    cuda::self_test_attention(&device, DType::F16).unwrap();
     println!("| heads | tokens | dim | ms | TFLOP/s | ms in chunks |");
     println!("|---|---|---|---|---|---|");
     for (heads, tokens, dim) in
@@ -731,7 +732,8 @@ fn cuda_flash_beside_cudnn() {
 fn cuda_nn_convolution_is_what_the_tensor_library_computes() {
     let (device, _guard) = gpu();
     let there = Device::Cuda(device.clone());
-    cuda::self_test_convolution(&device).unwrap();
+    cuda::self_test_convolution(&device, DType::BF16).unwrap();
+    cuda::self_test_convolution(&device, DType::F16).unwrap();
     println!("| channels | pixels | ms | TFLOP/s | ms, tensor library |");
     println!("|---|---|---|---|---|");
     for (inputs, outputs, side, window) in [

@@ -48,13 +48,13 @@ pub fn enable_flash(device: &CudaDevice) {
 }
 
 /// Has them use cuDNN's attention there, too. The caller knows that [`self_test_attention`] passed on this card
-/// with this driver and this [`cudnn_version`].
+/// with this driver and this [`cudnn_version`], in what is computed in.
 pub fn enable_attention(device: &CudaDevice) {
     choices().write().entry(context(device)).or_default().attention = true;
 }
 
 /// Has them use cuDNN's convolution there, too. The caller knows that [`self_test_convolution`] passed on this card
-/// with this driver, this [`kernel_image`](super::kernel_image) and this [`cudnn_version`].
+/// with this driver, this [`kernel_image`](super::kernel_image) and this [`cudnn_version`], in what is computed in.
 pub fn enable_convolution(device: &CudaDevice) {
     choices().write().entry(context(device)).or_default().convolution = true;
 }
@@ -74,9 +74,11 @@ pub fn enable_tested(device: &CudaDevice) -> mmgp_quant::Result<()> {
     self_test_flash(device)?;
     enable_flash(device);
     if cudnn_version().is_ok() {
-        self_test_attention(device)?;
+        for dtype in [DType::BF16, DType::F16] {
+            self_test_attention(device, dtype)?;
+            self_test_convolution(device, dtype)?;
+        }
         enable_attention(device);
-        self_test_convolution(device)?;
         enable_convolution(device);
     }
     Ok(())

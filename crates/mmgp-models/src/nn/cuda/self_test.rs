@@ -62,35 +62,24 @@ pub fn self_test_flash(device: &CudaDevice) -> Result<()> {
     Ok(())
 }
 
-/// Runs cuDNN's attention and compares with the CPU.
+/// Runs cuDNN's attention in `dtype`, bf16 or f16, and compares with the CPU.
 ///
-/// Takes a few seconds the first time on a machine, when its kernels are compiled, which the driver keeps. Results
+/// Takes a second or two the first time on a machine, when its kernels are compiled, which the driver keeps. Results
 /// hold for one card, one driver and one [version](super::cudnn_version). Nothing is
-/// [enabled](super::enable_cudnn) by it.
+/// [enabled](super::enable_attention) by it.
 ///
 /// # Errors
 /// [`Error::Kernel`] where it computes something else; [`Error::Candle`] where it does not run.
-pub fn self_test_attention(device: &CudaDevice) -> Result<()> {
-    side_by_side(|dtype| On { device, dtype }.whole_attention())
+pub fn self_test_attention(device: &CudaDevice, dtype: DType) -> Result<()> {
+    On { device, dtype }.whole_attention()
 }
 
-/// Runs cuDNN's convolution and compares with the CPU; as [`self_test_attention`].
+/// Runs cuDNN's convolution in `dtype` and compares with the CPU; as [`self_test_attention`].
 ///
 /// # Errors
 /// Those of [`self_test_attention`].
-pub fn self_test_convolution(device: &CudaDevice) -> Result<()> {
-    side_by_side(|dtype| On { device, dtype }.convolutions())
-}
-
-/// `test` for both dtypes at once, as the library compiles kernels for each.
-fn side_by_side(test: impl Fn(DType) -> Result<()> + Sync) -> Result<()> {
-    std::thread::scope(|scope| {
-        let test = &test;
-        let other = scope.spawn(move || test(DType::F16));
-        let first = test(DType::BF16);
-        let panicked = |_| Err(Error::Invalid("a self-test panicked".into()));
-        first.and(other.join().unwrap_or_else(panicked))
-    })
+pub fn self_test_convolution(device: &CudaDevice, dtype: DType) -> Result<()> {
+    On { device, dtype }.convolutions()
 }
 
 /// What a result may differ by.
