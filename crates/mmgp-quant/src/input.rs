@@ -85,7 +85,7 @@ impl Input {
 /// Numbers that many layers read: the codes of a kind are made once for all layers that read those.
 #[derive(Debug)]
 pub struct SharedInput {
-    numbers: Input,
+    numbers: Tensor,
     #[cfg(feature = "cuda")]
     coded: Mutex<Vec<CodedRows>>,
 }
@@ -94,30 +94,25 @@ impl SharedInput {
     /// Of `[…, inputs]` in the compute dtype.
     pub fn new(numbers: Tensor) -> Self {
         Self {
-            numbers: numbers.into(),
+            numbers,
             #[cfg(feature = "cuda")]
             coded: Mutex::default(),
         }
     }
 
-    /// The numbers.
-    pub fn numbers(&self) -> &Input {
-        &self.numbers
-    }
-
-    /// What `layer` makes of it.
+    /// What `layer` makes of it: the bits of [`Linear::forward`].
     ///
     /// # Errors
     /// Those of [`Linear::forward`].
     pub fn through(&self, layer: &Linear) -> Result<Tensor> {
         #[cfg(feature = "cuda")]
-        if let (Some(of), Input::Numbers(x)) = (layer.reads(&self.numbers), &self.numbers) {
+        if let Some(of) = layer.reads(&Input::from(&self.numbers)) {
             let mut coded = self.coded.lock();
             let there = coded.iter().find(|rows| rows.of == of).cloned();
             let rows = match there {
                 Some(rows) => rows,
                 None => {
-                    let rows = crate::kernels::cuda::coded(of, x)?;
+                    let rows = crate::kernels::cuda::coded(of, &self.numbers)?;
                     coded.push(rows.clone());
                     rows
                 }
@@ -125,7 +120,7 @@ impl SharedInput {
             drop(coded);
             return layer.forward_input(&Input::Codes(rows));
         }
-        layer.forward_input(&self.numbers)
+        layer.forward(&self.numbers)
     }
 }
 

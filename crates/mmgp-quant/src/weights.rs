@@ -39,7 +39,7 @@ pub enum Form {
     F32,
     /// The codes that a dense weight is quantized to while it is read, U8 of the same shape.
     Codes(Codes),
-    /// Their scales, `[outputs, 1]` in f32, rounded to the dtype of the weight. Asked for right after the codes.
+    /// Their scales, `[outputs, 1]` in f32, rounded to the dtype of the weight that each is of. Asked for right after the codes.
     Scales,
 }
 
@@ -74,7 +74,7 @@ pub trait Source: Send + Sync {
         None
     }
 
-    /// Whether products with int8 weights round `code · scale` to the scale's dtype, as quanto does,
+    /// Whether products with int8 weights round `code · scale` to the dtype of the stored scales, as quanto does,
     /// instead of using it in f32. Part of the recipe.
     fn rounds_int8(&self) -> bool {
         false

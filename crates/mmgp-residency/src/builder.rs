@@ -331,7 +331,7 @@ struct BlockSource {
 }
 
 impl BlockSource {
-    /// The dtype that `parts` have in the slot: their own if they agree, else the compute dtype.
+    /// The dtype that `parts` have in the slot: that of `form`, or else their own if they agree, else the compute dtype.
     fn slot_dtype(&self, parts: &[Part], form: Form) -> mmgp_quant::Result<DType> {
         let mut dtypes = Vec::with_capacity(parts.len());
         for part in parts {
@@ -356,6 +356,7 @@ impl BlockSource {
                         found: stored,
                         expected: match form {
                             Form::Bytes => "I8, U8 or F8_E4M3",
+                            Form::F32 | Form::Codes(_) | Form::Scales => "BF16, F16, F32 or F64",
                             _ => "BF16, F16, F32, F64 or F8_E4M3",
                         },
                     });

@@ -149,13 +149,14 @@ fn compile(program: &Path, ordinal: usize, limit: Option<Bytes>, card: &str, dri
     let at_once = limit.map_or(4, |limit| (limit.0 / ROOM).clamp(1, 4) as usize);
     let tried = once(card, driver, &crate::modules::sources(), || {
         tracing::info!("the driver compiles kernels for {card}");
-        let compiled = crate::modules::compile_by(program, ordinal, at_once);
-        if let Err(why) = compiled {
+        crate::modules::compile_by(program, ordinal, at_once).or_else(|why| {
             tracing::info!("kernels are compiled when they are used: {why}");
-        }
-        Ok(())
+            Ok(())
+        })
     });
-    debug_assert!(tried.is_ok(), "what is only tried does not fail");
+    if let Err(why) = tried {
+        tracing::info!("kernels are compiled when they are used: {why}");
+    }
 }
 
 /// Tests what computes on the card, all side by side, and has what passed used. What the tensor library does too, only slower,

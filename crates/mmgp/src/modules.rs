@@ -15,8 +15,8 @@ use candle_core::{
 
 use crate::compilers;
 
-/// What all models need. What would take longer has kernels of ours (in [`nn`](mmgp_models::nn)), but for the decoder of
-/// CogVideoX, whose products of tensors are compiled when they are used.
+/// What all models need. What would take longer has kernels of ours (in [`nn`](mmgp_models::nn)); what videos need beside that, as the
+/// products of tensors in their decoders, is compiled when it is used.
 const USED: [(&str, &Module); 3] = [("cast", &CAST), ("fill", &FILL), ("affine", &AFFINE)];
 
 /// What the driver is to compile: what a note that it did so is about.

@@ -101,8 +101,8 @@ impl OffloadBuilder {
 
     /// A program that, started as `program compile-kernels NAME ORDINAL`, comes to `compile_kernels` of this crate,
     /// as the command does. Of the tensor library's kernels there is no machine code: when a GPU is first used on a machine
-    /// the driver compiles them, one after another in one process, 11 s on one machine, where the longest of them takes 4 s by itself.
-    /// At most four run at once, each with a context on the GPU. A program that does something else with such
+    /// the driver compiles them, and whatever else the process asks of it waits meanwhile: 1.4 s for the longest of them on one machine.
+    /// All run at once where there is room, each with a context on the GPU. A program that does something else with such
     /// arguments is refused when it comes here again. By default, and without a GPU, none is started.
     #[must_use]
     pub fn kernel_compiler(mut self, program: impl Into<PathBuf>) -> Self {

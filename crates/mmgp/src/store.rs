@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result, notes::Notes};
 
-/// Part of every key: changes when what is written for the same source does.
+/// Part of every key: changes when what is written for the same source does, or how blocks lie in slots, of which digests are kept.
 const VERSION: u32 = 3;
 /// What a store holds at most by default.
 const CAP: Bytes = Bytes(50_000_000_000);

@@ -9,7 +9,10 @@ use mmgp_quant::{Bias, Linear, SharedInput, Weights};
 
 use crate::{
     cogvideox::CogVideoXConfig,
-    nn::{Activation, FeedForward, Heads, LayerNorm, Modulation, Rope, attention, gated_add},
+    nn::{
+        Activation, FeedForward, Heads, LayerNorm, Modulation, Rope, attention, contiguous,
+        gated_add,
+    },
 };
 
 /// ε of the norms over a head.
@@ -114,7 +117,7 @@ impl CogVideoXBlock {
         let (heads, width) = (self.heads, self.heads.width());
         let (batch, tokens, _) = rows.dims3()?;
         let normed = |first: usize, norm: &LayerNorm| {
-            let own = rows.narrow(2, first, width)?.contiguous()?;
+            let own = contiguous(&rows.narrow(2, first, width)?)?;
             let own = norm.forward(&own.reshape((batch, tokens, heads.count, heads.dim))?)?;
             heads.split(&own.reshape((batch, tokens, width))?, 0, None, rope)
         };

@@ -15,7 +15,7 @@ use crate::{
     cogvideox::{
         CogVideoXConfig, CogVideoXInputs, CogVideoXTransformer, dynamic_guidance, positions,
     },
-    nn::{Samples, add_scaled},
+    nn::{Samples, add_scaled, contiguous},
     noise::TorchGenerator,
     pipeline::{
         Kept, check_frames, check_image, check_numbers, check_side, fits, pictures, to_tensor,
@@ -478,7 +478,7 @@ impl Pipeline for CogVideoXPipeline {
         self.check_size(request)?; // the picture is in the latents
         let x = latents.tensor(&self.shape(request), &self.device)?;
         let (frames, before) = self.latent_frames(request);
-        let x = x.narrow(1, before, frames)?.permute([0, 2, 1, 3, 4])?.contiguous()?;
+        let x = contiguous(&x.narrow(1, before, frames)?.permute([0, 2, 1, 3, 4])?)?;
         tell(Event::Decoding);
         let each = |part: Tensor| pictures(&part)?.into_iter().try_for_each(&mut *each);
         match self.tiling(request) {

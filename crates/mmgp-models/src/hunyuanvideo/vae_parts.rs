@@ -8,7 +8,7 @@ use mmgp_quant::{Bias, Linear, Weights};
 
 use crate::{
     hunyuanvideo::{EPS, HunyuanVideoVaeConfig},
-    nn::{Conv3d, GroupNorm, Heads, Window, add, attention},
+    nn::{Conv3d, GroupNorm, Heads, Window, add, attention, contiguous},
 };
 
 type Built<T> = mmgp_quant::Result<T>;
@@ -151,7 +151,7 @@ impl Attention {
         let pixels = height * width;
         let tokens = self.norm.forward(x)?.reshape((batch, channels, frames * pixels))?;
         // Contiguous before the product: candle multiplies transposed batches wrongly on the CPU.
-        let rows = self.qkv.forward(&tokens.transpose(1, 2)?.contiguous()?)?;
+        let rows = self.qkv.forward(&contiguous(&tokens.transpose(1, 2)?)?)?;
         drop(tokens);
         let heads = Heads { count: 1, dim: self.channels };
         let part = |i: usize| heads.split(&rows, i * self.channels, None, None);
@@ -165,7 +165,8 @@ impl Attention {
             let (k, v) = (k.narrow(2, 0, seen)?, v.narrow(2, 0, seen)?);
             mixed.push(attention(&own, &k, &v, scale, &[])?);
         }
-        let y = self.out.forward(&Tensor::cat(&mixed, 1)?)?.transpose(1, 2)?.contiguous()?;
+        let y = self.out.forward(&Tensor::cat(&mixed, 1)?)?;
+        let y = contiguous(&y.transpose(1, 2)?)?;
         add(&y.reshape((batch, channels, frames, height, width))?, x)
     }
 }

@@ -6,7 +6,7 @@
 use candle_core::{D, DType, Result, Tensor};
 use mmgp_quant::{Input, Linear};
 
-use crate::nn::{RmsNorm, Rope, cpu, layer_norm_modulated_for, norms::rms_row};
+use crate::nn::{RmsNorm, Rope, contiguous, cpu, layer_norm_modulated_for, norms::rms_row};
 #[cfg(feature = "cuda")]
 use crate::nn::{cuda, norms::codes_for, rope::Pairs};
 
@@ -206,12 +206,12 @@ impl Heads {
         rope: Option<&Rope>,
     ) -> Result<Tensor> {
         let (batch, tokens, _) = x.dims3()?;
-        let x = x.narrow(D::Minus1, first, self.width())?.contiguous()?;
+        let x = contiguous(&x.narrow(D::Minus1, first, self.width())?)?;
         let mut x = x.reshape((batch, tokens, self.count, self.dim))?;
         if let Some(norm) = norm {
             x = norm.forward(&x)?;
         }
-        x = x.transpose(1, 2)?.contiguous()?;
+        x = contiguous(&x.transpose(1, 2)?)?;
         match rope {
             Some(rope) => rope.apply(&x),
             None => Ok(x),

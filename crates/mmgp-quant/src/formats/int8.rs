@@ -3,7 +3,7 @@
 //! Stored as quanto does (`{layer}.weight._data` I8 `[outputs, inputs]`, `{layer}.weight._scale`
 //! `[outputs, 1]`), or made from a dense weight while it is read, where the source wants that. Codes
 //! travel as bytes, since candle has no I8, and stay int8 on the device. The product expands 64 rows at
-//! a time to `code · scale`: in f32, or, where the source says so, rounded to the scale's dtype, as
+//! a time to `code · scale`: in f32, or, where the source says so, rounded to the dtype that scales are stored in, as
 //! quanto and [`decode`](QuantTensor::decode) do. On CUDA it expands the whole weight to the compute
 //! dtype, for the time of one product; or, where the source allows that, makes the rows of the input int8 and
 //! multiplies in int8, with no expansion.
@@ -194,7 +194,7 @@ impl Int8Weight {
         x.device().is_cuda() && (self.activations || matches!(x, Input::Codes(_)))
     }
 
-    /// The whole weight in `dtype`, through the scale's dtype where that rounding is wanted.
+    /// The whole weight in `dtype`, through that of the stored scales where that rounding is wanted.
     fn expanded(&self, dtype: DType) -> candle_core::Result<Tensor> {
         let through = if self.rounded && self.dtype != DType::F32 { self.dtype } else { dtype };
         decoded(self.of, &self.codes, Some(&self.scales), through)?.to_dtype(dtype)

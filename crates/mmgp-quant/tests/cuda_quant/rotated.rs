@@ -5,7 +5,9 @@
 use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor};
-use mmgp_quant::{Bias, CodedRows, Codes, Epilogue, Input, Linear, MemorySource, Weights};
+use mmgp_quant::{
+    Bias, CodedRows, Codes, Epilogue, Input, Linear, MemorySource, SharedInput, Weights,
+};
 
 use crate::{Any, DTYPES, In, bits, gpu, rand};
 
@@ -139,6 +141,26 @@ fn cuda_codes_are_read_by_weights_of_their_kind_alone() -> Result<(), Any> {
                 assert!(cosine > 0.9999, "{of}: {cosine}");
             } else {
                 assert!(y.is_err(), "{given} rows for a weight of {of}");
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn cuda_an_input_that_layers_share_gives_what_each_makes_of_it() -> Result<(), Any> {
+    let (dev, _) = gpu();
+    for rows in [1, 3, 77] {
+        let x = rand(&[rows, 512], DType::BF16).to_device(&dev)?;
+        let shared = SharedInput::new(x.clone());
+        // Two of each kind, among which the input's codes go on.
+        for of in [Codes::Int8, Codes::RotatedInt8, Codes::Int8, Codes::RotatedInt8] {
+            let stands = stands(of, &rand(&[64, 512], DType::F32), DType::BF16, DType::BF16)?;
+            for activations in [true, false] {
+                let layer = stands.layer(DType::BF16, activations, &dev)?;
+                assert_eq!(layer.reads(&(&x).into()), activations.then_some(of));
+                let y = shared.through(&layer)?;
+                assert_eq!(bits(&y), bits(&layer.forward(&x)?), "{rows}, {of}, {activations}");
             }
         }
     }

@@ -33,7 +33,7 @@ pub struct Attachment {
     pub name: String,
     /// Its shape.
     pub shape: Vec<usize>,
-    /// [`Form::AsStored`]: in the dtype of its segments if they agree, else in the compute dtype.
+    /// [`Form::AsStored`]: in the dtype of its segments if they agree; [`Form::F32`]; else in the compute dtype.
     pub form: Form,
     /// Where its elements come from; together they fill it.
     pub segments: Vec<Segment>,
