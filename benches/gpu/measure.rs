@@ -258,8 +258,8 @@ impl<'a> Session<'a> {
             pass: forecast.map(|forecast| Pass::of(told(request, self.text), step_s, &forecast)),
         };
         let copies = match alone {
-            Alone::Leave => None,
-            Alone::Measure => Some(self.copies_alone(pager, &row, request)?),
+            Alone::Measure if streams => Some(self.copies_alone(pager, &row, request)?),
+            Alone::Measure | Alone::Leave => None,
         };
         Ok((row, copies))
     }

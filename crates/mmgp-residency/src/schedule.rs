@@ -373,7 +373,11 @@ mod tests {
 
     #[test]
     fn passes_took_as_long_as_the_recurrence_says() {
-        let recorded = include_str!("../tests/recorded/h100.jsonl");
+        // Over blocks of the tensor library's operations, and over fused ones.
+        let recorded = concat!(
+            include_str!("../tests/recorded/h100.jsonl"),
+            include_str!("../tests/recorded/h100-fast.jsonl")
+        );
         let mut errors = Vec::new();
         for line in recorded.lines() {
             let pass: Recorded = serde_json::from_str(line).unwrap();
