@@ -146,7 +146,7 @@ fn cuda(ordinal: usize, gpu: &GpuUse) -> mmgp_residency::Result<Opened> {
 fn compile(program: &Path, ordinal: usize, limit: Option<Bytes>, card: &str, driver: Option<&str>) {
     // For each process that has a context on the GPU beside this one's for a while.
     const ROOM: u64 = 1 << 30;
-    let at_once = limit.map_or(4, |limit| (limit.0 / ROOM).clamp(1, 4) as usize);
+    let at_once = limit.map_or(usize::MAX, |limit| (limit.0 / ROOM).max(1) as usize);
     let tried = once(card, driver, &crate::modules::sources(), || {
         tracing::info!("the driver compiles kernels for {card}");
         crate::modules::compile_by(program, ordinal, at_once).or_else(|why| {
